@@ -1,0 +1,2141 @@
+"""Why srlm.py can be trusted: its properties, checked on drawn examples.
+
+    pytest                              # the dev profile: 25 drawn examples a property
+    SRLM_PROFILE=thorough pytest        # 200
+    CI=1 pytest                         # the same examples every time
+
+Mathematics is checked in float64 against a slow and obvious oracle, or against theory on policies
+small enough to solve. Thirty known faults of the best-known public implementation each make a
+test fail here:
+
+ 1 SFT sees prompt labels   test_the_loss_reads_exactly_the_logits_that_predict_the_response
+ 2 shift by one token       test_probabilities_of_all_responses_sum_to_one, test_chain_rule
+ 3 mean for sum             test_log_probability_of_a_concatenation_is_the_sum
+ 4 greedy reads a wrong     test_greedy_equals_a_naive_loop
+   position
+ 5 pad-like tokens vanish   test_prompt_and_response_make_up_the_item, test_response_mask
+ 6 reference drifts         test_the_reference_is_the_model_as_the_stage_begins
+ 7 SPIN's negatives         test_the_reference_is_the_model_as_the_stage_begins
+ 8 parser fails or raises   test_every_number_round_trips, test_parse_never_raises
+ 9 white space matters      test_white_space_and_case_do_not_matter
+10 prompt injection         test_a_response_cannot_grade_itself
+11 judge without room       test_a_judge_without_room_is_an_error
+12 endless generation       test_no_pair_at_all_is_an_error_in_bounded_time
+13 tie skips others         test_a_tie_skips_one_prompt_and_no_other
+14 wrong pair counts,       test_pairs_are_what_they_say, test_pairs_share_no_storage
+   shared storage
+15 chosen = rejected        test_equal_tokens_are_no_pair
+16 rewards (B,) or (B, 1)   test_rewards_may_come_in_any_form
+17 pairs only once          test_pairs_can_be_generated_twice
+18 idle config fields       test_every_field_changes_what_happens
+19 stages in any order      test_stages_run_in_any_order
+20 early stopping           test_early_stopping_follows_its_rule
+21 implicit direction       test_early_stopping_follows_its_rule, test_a_senseless_field_is_refused
+22, 23 several processes    not tested yet: srlm.py trains in one process only
+24 "every n steps"          test_every_n_steps_is_n_2n_3n
+25 logit filters            test_top_k, test_top_p, test_every_filter_can_be_sampled_from
+26 padding of prompts       test_greedy_equals_a_naive_loop
+27 EOS                      test_a_row_ends_at_eos, test_the_loss_sees_eos
+28 ragged training data     test_neither_padding_nor_its_id_matters_to_training
+29 arguments changed        test_no_function_changes_its_arguments, test_training_changes_no_data
+30 copies of the weights    test_at_most_one_copy_of_the_weights_is_alive
+"""
+
+import contextlib
+import copy
+import dataclasses
+import gc
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import srlm
+
+_shared = dict(deadline=None, print_blob=True, derandomize="CI" in os.environ,
+               suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("dev", max_examples=25, **_shared)
+settings.register_profile("thorough", max_examples=200, **_shared)
+settings.load_profile(os.environ.get("SRLM_PROFILE", "dev"))
+torch.set_num_threads(1)  # the tensors are tiny
+
+SEEDS = st.integers(0, 2**32 - 1)
+NAN = math.nan
+
+
+def close(found, expected, tolerance=1e-9):
+    """Asserts equality up to an absolute and relative tolerance, NaN equal to NaN."""
+    found, expected = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (found, expected))
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance, equal_nan=True)
+
+
+def same(found, expected):
+    """Asserts equality bit for bit of tensors or of lists or dicts of tensors."""
+    torch.testing.assert_close(found, expected, atol=0, rtol=0, equal_nan=True)
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+class HashModel(nn.Module):
+    """Fulfils the contract and no more. Its logits depend on the whole prefix, in order, by way of
+    a rolling hash that picks a row of a table. It refuses ids outside its vocabulary."""
+
+    def __init__(self, vocab, seed=0, states=97):
+        super().__init__()
+        self.vocab, self.states = vocab, states
+        table = torch.randn(states, vocab, generator=generator(seed), dtype=torch.float64)
+        self.table = nn.Parameter(2 * table)
+
+    def forward(self, ids):
+        assert 0 <= ids.min() and ids.max() < self.vocab, "padding reached the model"
+        state, states = torch.zeros_like(ids[:, 0]), []
+        for t in range(ids.shape[1]):
+            state = (state * 31 + ids[:, t] + 1) % self.states
+            states.append(state)
+        return self.table[torch.stack(states, 1)]
+
+
+class FreeLogits(nn.Module):
+    """Logits (B, T, V) that are parameters, whatever the ids: shows which of them a loss reads."""
+
+    def __init__(self, *shape, seed=0):
+        super().__init__()
+        logits = torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, ids):
+        return self.logits[:, : ids.shape[1]]
+
+
+class Tiny(nn.Module):
+    """The smallest model that can be trained: each token sees itself and the mean of its past."""
+
+    def __init__(self, vocab=9, dim=5, seed=0):
+        super().__init__()
+        self.embedding, self.to_logits = nn.Embedding(vocab, dim), nn.Linear(dim, vocab)
+        for weight in self.parameters():
+            nn.init.normal_(weight, std=1.5 * dim**-0.5, generator=generator(seed))
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        past = x.cumsum(1) / torch.arange(1, ids.shape[1] + 1)[:, None]
+        return self.to_logits(torch.tanh(x + past))
+
+
+class Scripted(nn.Module):
+    """Replies to a text as the script says; the text ends at the last "\\n". The script gives one
+    reply, or a list of which one is drawn by its first byte."""
+
+    def __init__(self, script):
+        super().__init__()
+        self.script, self.seen = script, []
+
+    def next_token_logits(self, ids, lengths):
+        logits = torch.full((len(ids), srlm.VOCAB_SIZE), -60.0)
+        for row, length, out in zip(ids, lengths, logits):
+            asked, _, said = srlm.decode(row[:length]).rpartition("\n")
+            if not said:
+                self.seen.append(asked)
+            replies = self.script(asked)
+            for reply in [replies] if isinstance(replies, str) else replies:
+                if reply.startswith(said):
+                    out[[*srlm.encode(reply), srlm.EOS][len(srlm.encode(said))]] = 0.0
+        return logits
+
+
+def ragged(rng, rows, vocab, low=1, high=6):
+    """Rows of random lengths low..high and random ids."""
+    lengths = [int(rng.integers(low, high + 1)) for _ in range(rows)]
+    return [torch.from_numpy(rng.integers(0, vocab, size=length)) for length in lengths]
+
+
+def pad(rows, value, left=False, extra=0):
+    width = max(map(len, rows)) + extra
+    fill = [torch.full((width - len(row),), value) for row in rows]
+    return torch.stack([torch.cat((f, row) if left else (row, f)) for f, row in zip(fill, rows)])
+
+
+def logp(model, ids, start):
+    """The chain rule, one token and one prefix at a time: log p(ids[start:] | ids[:start])."""
+    total = 0.0
+    for t in range(max(start, 1), len(ids)):
+        logits = model(ids[None, :t])[0, -1].tolist()
+        total += logits[ids[t]] - math.log(sum(map(math.exp, logits)))
+    return total
+
+
+# ================================================================================================
+# 1. Text and tokens
+# ================================================================================================
+
+
+@given(st.text())
+def test_decode_inverts_encode_and_no_text_encodes_to_a_special_id(text):
+    ids = srlm.encode(text)
+    assert srlm.decode(ids) == text == srlm.decode(torch.tensor(ids, dtype=torch.long))
+    assert all(0 <= i < 256 for i in ids) and {srlm.EOS, srlm.PAD} == {256, 257}
+    assert srlm.VOCAB_SIZE == 258
+
+
+@given(st.lists(st.integers(-3, 300)))
+def test_decode_never_raises_and_drops_special_ids(ids):
+    expected = bytes(i for i in ids if i in range(256)).decode("utf-8", "replace")
+    assert srlm.decode(ids) == expected == srlm.decode(torch.tensor(ids, dtype=torch.long))
+
+
+def test_what_is_no_character_becomes_a_question_mark():
+    assert srlm.encode("a\ud800b") == srlm.encode("a?b")
+
+
+# ================================================================================================
+# 2. The model
+# ================================================================================================
+
+
+def transformer(seed, vocab=11, dim=8, depth=2, heads=2, room=12):
+    config = srlm.ModelConfig(vocab, dim, depth, heads, room)
+    return srlm.Transformer(config, generator(seed)).double()
+
+
+@given(SEEDS, st.integers(1, 3), st.sampled_from([1, 2]), st.integers(2, 12))
+def test_the_transformer_is_causal_and_reads_its_past(seed, depth, heads, length):
+    rng, model = np.random.default_rng(seed), transformer(seed, depth=depth, heads=heads)
+    ids = torch.from_numpy(rng.integers(0, 11, size=(2, length)))
+    at = int(rng.integers(length))
+    other = ids.clone()
+    other[:, at] = (other[:, at] + 1) % 11
+    one, two = model(ids), model(other)
+    assert one.shape == (2, length, 11)
+    close(one[:, :at], two[:, :at])
+    assert (one[:, at:] - two[:, at:]).abs().amax(-1).min() > 1e-6
+
+
+@given(SEEDS)
+def test_the_transformer_sees_the_order_of_its_past(seed):
+    a, b = transformer(seed, depth=1)(torch.tensor([[1, 2, 3, 3, 5], [2, 1, 3, 3, 5]]))[:, -1]
+    assert (a - b).abs().max() > 1e-6
+
+
+@given(SEEDS, st.integers(1, 3), st.integers(1, 5))
+def test_next_token_logits_is_forward_at_the_last_token(seed, depth, rows):
+    model, rng = transformer(seed, depth=depth), np.random.default_rng(seed)
+    prompts = ragged(rng, rows, 11, high=9)
+    lengths = torch.tensor([len(row) for row in prompts])
+    found = model.next_token_logits(pad(prompts, int(rng.integers(11)), extra=1), lengths)
+    close(found, torch.stack([model(row[None])[0, -1] for row in prompts]))
+
+
+@given(SEEDS)
+def test_the_generator_alone_draws_the_weights(seed):
+    one = transformer(seed).state_dict()
+    torch.rand(1)
+    same(transformer(seed).state_dict(), one)
+    other = transformer(seed + 1).state_dict()
+    assert all(not one[name].equal(other[name]) for name in one if one[name].ndim == 2)
+
+
+def test_a_wrong_shape_names_both_numbers():
+    with pytest.raises(ValueError, match="13.*12"):
+        transformer(0)(torch.zeros(1, 13, dtype=torch.long))
+    with pytest.raises(ValueError, match="dim=10.*4"):
+        srlm.ModelConfig(dim=10, heads=2)
+
+
+def test_the_initial_model_is_nearly_undecided():
+    """Loss at the start: log V, so that no stage begins by unlearning."""
+    model = srlm.Transformer(srlm.ModelConfig(), generator(0))
+    ids = torch.randint(0, 258, (4, 64), generator=generator(1))
+    assert abs(float(srlm.sft_loss(model, ids, torch.zeros(4)).detach()) - math.log(258)) < 1
+
+
+# ================================================================================================
+# 3. Sampling
+# ================================================================================================
+
+
+@given(SEEDS, st.integers(1, 4), st.integers(1, 9), st.integers(1, 12))
+def test_top_k(seed, rows, vocab, k):
+    """Exactly k up to ties, by counting how many are larger."""
+    rng = np.random.default_rng(seed)
+    logits = torch.from_numpy(rng.integers(-3, 3, size=(rows, vocab)).astype(float))
+    found = srlm.top_k(logits, k)
+    for row, new in zip(logits.tolist(), found.tolist()):
+        assert new == [x if sum(y > x for y in row) < k else -math.inf for x in row]
+
+
+@given(SEEDS, st.integers(1, 4), st.integers(1, 9), st.floats(0, 1))
+def test_top_p(seed, rows, vocab, p):
+    """The survivors are the likeliest, they suffice, and without the last one they would not."""
+    logits = 2 * torch.randn(rows, vocab, generator=generator(seed), dtype=torch.float64)
+    found = srlm.top_p(logits, p)
+    assert bool(((found == logits) | (found == -math.inf)).all())
+    for probs, kept in zip(logits.softmax(-1), found.isfinite()):
+        assert 1 <= kept.sum()
+        if not kept.all():
+            assert probs[kept].min() > probs[~kept].max()
+        assert probs[kept].sum() >= p - 1e-12
+        assert kept.sum() == 1 or probs[kept].sum() - probs[kept].min() < p + 1e-12
+
+
+def test_top_p_by_hand():
+    logits = torch.tensor([[0.2, 0.5, 0.3]]).log()
+    kept = {p: srlm.top_p(logits, p).isfinite()[0].tolist() for p in (0, 0.49, 0.51, 0.79, 0.81, 1)}
+    assert kept == {0: [False, True, False], 0.49: [False, True, False], 0.51: [False, True, True],
+                    0.79: [False, True, True], 0.81: [True] * 3, 1: [True] * 3}
+
+
+def test_filters_refuse_what_makes_no_sense():
+    for call in (lambda x: srlm.top_k(x, 0), lambda x: srlm.top_p(x, -0.1),
+                 lambda x: srlm.top_p(x, 1.1), lambda x: srlm.top_p(x, NAN)):
+        with pytest.raises(ValueError, match="top_"):
+            call(torch.zeros(1, 3))
+
+
+def naive_greedy(model, prompt, max_new_tokens, eos_id, limit=math.inf):
+    ids = prompt
+    while len(ids) < min(len(prompt) + max_new_tokens, limit):
+        ids = torch.cat((ids, model(ids[None])[0, -1].argmax()[None]))
+        if ids[-1] == eos_id:
+            break
+    return ids[len(prompt):]
+
+
+@given(SEEDS, st.integers(1, 6), st.integers(1, 9), st.sampled_from([-1, 7, 257]),
+       st.sampled_from([None, 0, 3]), st.sampled_from([None, 7, 9]))
+def test_greedy_equals_a_naive_loop(seed, rows, new, pad_id, eos_id, limit):
+    """Lists, left- and right-padded tensors alike, with EOS (0 or 3) inside of prompts; a model
+    with or without a limit, and rows that end at different times."""
+    rng, model = np.random.default_rng(seed), HashModel(5, seed % 1000)
+    prompts = ragged(rng, rows, 5)
+    if limit is not None:
+        model.max_seq_len = limit
+    expected = [naive_greedy(model, row, new, eos_id, limit or math.inf) for row in prompts]
+    how = dict(max_new_tokens=new, temperature=0, eos_id=eos_id, pad_id=pad_id)
+    for form in (prompts, [row.tolist() for row in prompts], pad(prompts, pad_id, extra=2),
+                 pad(prompts, pad_id, left=True, extra=2)):
+        found = srlm.sample(model, form, **how)
+        same(found, expected)
+        assert all(row.dtype == torch.long and row.ndim == 1 for row in found)
+
+
+@given(SEEDS, st.integers(1, 5), st.integers(1, 8), st.sampled_from([0.0, 0.7, 1.0]))
+def test_a_draw_does_not_depend_on_the_rest_of_its_batch(seed, rows, new, temperature):
+    """Row i stays as it is when all other rows become longer, shorter, or equal to it."""
+    rng, model = np.random.default_rng(seed), HashModel(5, seed % 1000)
+    prompts, others = ragged(rng, rows, 5), ragged(rng, rows, 5, high=9)
+    i = int(rng.integers(rows))
+
+    def draw(prompts):
+        return srlm.sample(model, prompts, max_new_tokens=new, temperature=temperature, eos_id=2,
+                           generator=generator(seed))[i]
+
+    alone = draw(prompts)
+    same(draw([*others[:i], prompts[i], *others[i + 1:]]), alone)
+    same(draw([prompts[i]] * rows), alone)
+
+
+@given(SEEDS, st.integers(1, 6), st.integers(1, 9))
+def test_a_row_ends_at_eos(seed, rows, new):
+    """Nothing follows an EOS, no row without one ends early, and eos_id=None never ends a row."""
+    rng, model = np.random.default_rng(seed), HashModel(4, seed % 1000)
+    prompts = ragged(rng, rows, 4)
+    for row in srlm.sample(model, prompts, max_new_tokens=new, eos_id=1, generator=generator(seed)):
+        ends = (row == 1).nonzero().flatten().tolist()
+        assert ends == [len(row) - 1] or (ends == [] and len(row) == new)
+    for row in srlm.sample(model, prompts, max_new_tokens=new, eos_id=None):
+        assert len(row) == new
+
+
+def test_drawn_frequencies_match_the_softmax():
+    """20,000 twins draw two tokens each. By Hoeffding's inequality each of the 25 frequencies is
+    off by more than 0.025 with odds below 2 exp(-2 * 20,000 * 0.025^2) = 3e-11: 1e-9 in all."""
+    model = HashModel(5, seed=3)
+    rows = torch.stack(srlm.sample(model, [[1, 2]] * 20_000, max_new_tokens=2, eos_id=None,
+                                   temperature=1.5, generator=generator(0)))
+    for a, b in itertools.product(range(5), repeat=2):
+        logits = model(torch.tensor([[1, 2, a]]))[0, 1:] / 1.5
+        p = logits.softmax(-1)
+        share = ((rows[:, 0] == a) & (rows[:, 1] == b)).double().mean()
+        assert abs(share - p[0, a] * p[1, b]) < 0.025
+
+
+@given(SEEDS, st.sampled_from([0.3, 1.0, 3.0]), st.integers(1, 4), st.floats(0, 1))
+def test_every_filter_can_be_sampled_from(seed, temperature, k, p):
+    """Only what survives the filter of logits / temperature is ever drawn."""
+    model = HashModel(6, seed % 1000)
+    for name, logit_filter in (("k", lambda x: srlm.top_k(x, k)), ("p", lambda x: srlm.top_p(x, p)),
+                               ("both", lambda x: srlm.top_p(srlm.top_k(x, k), p))):
+        rows = srlm.sample(model, [[seed % 6]] * 40, max_new_tokens=1, temperature=temperature,
+                           logit_filter=logit_filter, eos_id=None, generator=generator(seed))
+        allowed = logit_filter(model(torch.tensor([[seed % 6]]))[:, -1] / temperature).isfinite()[0]
+        assert allowed.any() and all(allowed[row].all() for row in rows), name
+
+
+class Plain(nn.Module):
+    """The contract without its extras, around a model that has them."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(ids)
+
+
+@given(SEEDS, st.sampled_from([0.0, 1.0]))
+def test_a_model_needs_no_next_token_logits(seed, temperature):
+    model, prompts = transformer(seed), ragged(np.random.default_rng(seed), 4, 11)
+    how = dict(max_new_tokens=5, temperature=temperature, eos_id=3)
+    same(srlm.sample(Plain(model), prompts, generator=generator(seed), **how),
+         srlm.sample(model, prompts, generator=generator(seed), **how))
+
+
+def test_a_large_batch_is_no_different_from_many_small_ones():
+    """Hundreds of rows, more than are run through the model at a time."""
+    model, prompts = HashModel(5, 1), ragged(np.random.default_rng(0), 700, 5, high=20)
+    how = dict(max_new_tokens=2, temperature=0, eos_id=None)
+    small = [srlm.sample(model, [prompt], **how)[0] for prompt in prompts]
+    same(srlm.sample(model, prompts, **how), small)
+
+
+def test_finished_rows_leave_the_batch():
+    class Counting(HashModel):
+        def forward(self, ids):
+            sizes.append(len(ids))
+            logits = torch.zeros(*ids.shape, 4)
+            logits[..., 3] = torch.where(ids[:, :1] == 0, 50.0, -50.0)  # a row that begins with 0 ends
+            return logits
+
+    sizes = []
+    srlm.sample(Counting(4), [[0, 1], [1, 2], [0, 2], [2, 2]], max_new_tokens=4, eos_id=3)
+    assert sizes == [4, 2, 2, 2]
+
+
+@given(SEEDS, st.booleans())
+def test_every_module_gets_its_own_mode_back(seed, fails):
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)),
+                          nn.Linear(4, 5))
+    rng, during = np.random.default_rng(seed), []
+    for module in model.modules():
+        module.training = bool(rng.integers(2))
+    before = [module.training for module in model.modules()]
+
+    def look(logits):
+        during.append(any(module.training for module in model.modules()) or logits.requires_grad)
+        return logits * NAN if fails else logits
+
+    with pytest.raises(ValueError) if fails else contextlib.nullcontext():
+        srlm.sample(model, [[1], [2, 3]], max_new_tokens=3, logit_filter=look, eos_id=None)
+    assert during == [False] * len(during) and during
+    assert [module.training for module in model.modules()] == before
+
+
+def test_the_generator_is_the_only_source_of_chance():
+    model, prompts = HashModel(7, 0), [[1], [2, 3], [1]]
+    draws = [srlm.sample(model, prompts, max_new_tokens=20, eos_id=None, generator=generator(s))
+             for s in (1, 1, 2)]
+    same(draws[0], draws[1])
+    assert not torch.cat(draws[0]).equal(torch.cat(draws[2]))
+    assert not draws[0][0].equal(draws[0][2])  # equal prompts, draws of their own
+
+
+@pytest.mark.parametrize("prompts, how, complaint", [
+    ([[1], []], {}, "prompt 1 has 0 tokens"),
+    ([[1] * 6], {}, "prompt 0 has 6 tokens.*6"),
+    ([[1]], {"max_new_tokens": 0}, "max_new_tokens = 0"),
+    ([[1]], {"temperature": -1.0}, "temperature"),
+    ([[1]], {"logit_filter": lambda x: x * NAN}, "token 0"),
+    ([[1]], {"logit_filter": lambda x: x - math.inf}, "token 0")])
+def test_what_cannot_be_sampled_is_refused(prompts, how, complaint):
+    model = HashModel(5)
+    model.max_seq_len = 6
+    with pytest.raises(ValueError, match=complaint):
+        srlm.sample(model, prompts, **{"max_new_tokens": 3, **how})
+    assert srlm.sample(model, [], max_new_tokens=1) == []
+
+
+# ================================================================================================
+# 4. Log-probabilities and losses
+# ================================================================================================
+
+
+@st.composite
+def batches(draw, vocab=4, empty=False):
+    """Ragged items (ids, prompt_len), each with a response unless `empty`, and a model."""
+    rng = np.random.default_rng(seed := draw(SEEDS))
+    rows = ragged(rng, draw(st.integers(1, 5)), vocab, low=2, high=7)
+    lens = [int(rng.integers(0 if empty else 1, len(row) + empty)) for row in rows]
+    return rows, lens, HashModel(vocab, seed % 1000)
+
+
+@given(batches(), st.sampled_from([-1, 4, 257]))
+def test_chain_rule(batch, pad_id):
+    """Each row alone, one prefix at a time; the padding changes nothing."""
+    rows, lens, model = batch
+    for extra in (0, 3):
+        found = srlm.sequence_logprobs(model, pad(rows, pad_id, extra=extra), torch.tensor(lens), pad_id)
+        close(found, [logp(model, row, n) for row, n in zip(rows, lens)])
+
+
+@given(batches())
+def test_token_logprobs_are_log_softmax_of_the_token_before(batch):
+    rows, _, model = batch
+    for row in rows:
+        found = srlm.token_logprobs(model, row[None])[0]
+        close(found, [logp(model, row[: t + 1], t) for t in range(1, len(row))])
+
+
+@given(SEEDS, st.integers(1, 3), st.integers(1, 3), st.integers(0, 2))
+def test_probabilities_of_all_responses_sum_to_one(seed, length, prompt_len, padding):
+    model, rng = HashModel(3, seed % 1000), np.random.default_rng(seed)
+    prompt = rng.integers(0, 3, size=prompt_len).tolist()
+    ids = torch.tensor([prompt + list(y) + [9] * padding
+                        for y in itertools.product(range(3), repeat=length)])
+    found = srlm.sequence_logprobs(model, ids, torch.full((len(ids),), prompt_len), pad_id=9)
+    close(found.exp().sum(), 1.0)
+
+
+@given(batches(vocab=5), SEEDS)
+def test_log_probability_of_a_concatenation_is_the_sum(batch, seed):
+    """log p(ab | x) = log p(a | x) + log p(b | xa)."""
+    rows, lens, model = batch
+    cuts = [int(np.random.default_rng(seed).integers(n, len(row) + 1)) for row, n in zip(rows, lens)]
+    whole = srlm.sequence_logprobs(model, pad(rows, -1), torch.tensor(lens), -1)
+    first = srlm.sequence_logprobs(model, pad([row[:c] for row, c in zip(rows, cuts)], -1),
+                                   torch.tensor(lens), -1)
+    second = srlm.sequence_logprobs(model, pad(rows, -1), torch.tensor(cuts), -1)
+    close(whole, first + second)
+
+
+@given(batches(), SEEDS)
+def test_a_row_does_not_depend_on_the_rest_of_its_batch(batch, seed):
+    rows, lens, model = batch
+    order = np.random.default_rng(seed).permutation(len(rows))
+    found = srlm.sequence_logprobs(model, pad(rows, 9), torch.tensor(lens), 9)
+    moved = srlm.sequence_logprobs(model, pad([rows[i] for i in order], 9),
+                                   torch.tensor([lens[i] for i in order]), 9)
+    close(moved, found[order])
+
+
+@given(batches(empty=True), st.sampled_from([-1, 4, 257]), st.integers(0, 2))
+def test_response_mask(batch, pad_id, extra):
+    rows, lens, _ = batch
+    ids = pad(rows, pad_id, extra=extra)
+    expected = [[n <= t + 1 < len(row) for t in range(ids.shape[1] - 1)] for row, n in zip(rows, lens)]
+    assert srlm.response_mask(ids, torch.tensor(lens), pad_id).tolist() == expected
+
+
+def test_response_mask_by_hand():
+    end, no = srlm.EOS, srlm.PAD
+    table = [([1, 2, 3, 4, end, no], 2, "FTTTF"), ([1, 2, 3, 4, 5, end], 5, "FFFFT"),
+             ([1, no, 3, no, end, no], 1, "TTTTF"),  # what looks like padding, but is inside
+             ([1, 2, 3, no, no, no], 3, "FFFFF"), ([1, 2, 3, 4, 5, 6], 0, "TTTTT"),
+             ([end, end, end, end, no, no], 1, "TTTFF")]
+    ids, lens, expected = zip(*table)
+    found = srlm.response_mask(torch.tensor(ids), torch.tensor(lens))
+    assert ["".join("FT"[int(x)] for x in row) for row in found] == list(expected)
+
+
+@given(batches(empty=True), st.sampled_from([-1, 4]))
+def test_the_loss_reads_exactly_the_logits_that_predict_the_response(batch, pad_id):
+    """The gradient is non-zero at the positions before response tokens, EOS included, and nowhere
+    else; so no label of the prompt counts, and a batch without responses has zero loss."""
+    rows, lens, _ = batch
+    ids = pad(rows, pad_id)
+    model = FreeLogits(*ids.shape, 4)
+    loss = srlm.sft_loss(model, ids, torch.tensor(lens), pad_id)
+    loss.backward()
+    grad = model.logits.grad if model.logits.grad is not None else torch.zeros(*ids.shape, 4)
+    read = [[max(n, 1) <= t + 1 < len(row) for t in range(ids.shape[1])] for row, n in zip(rows, lens)]
+    assert (grad != 0).any(-1).tolist() == read
+    other = ids.clone()
+    for row, n in zip(other, lens):
+        row[:n] = (row[:n] + 1) % 4
+    close(srlm.sft_loss(model, other, torch.tensor(lens), pad_id), loss)
+    assert loss.isfinite() and (any(map(any, read)) or loss == 0)
+
+
+@given(batches(empty=True))
+def test_sft_loss_is_the_mean_over_response_tokens(batch):
+    """Over all tokens of the batch, not over the means of its rows."""
+    rows, lens, model = batch
+    n_tokens = sum(len(row) - max(n, 1) for row, n in zip(rows, lens))
+    expected = -sum(logp(model, row, n) for row, n in zip(rows, lens)) / max(1, n_tokens)
+    close(srlm.sft_loss(model, pad(rows, srlm.PAD, extra=1), torch.tensor(lens)), expected)
+
+
+@given(SEEDS)
+def test_float32_is_close_to_float64(seed):
+    model, rng = transformer(seed), np.random.default_rng(seed)
+    rows = ragged(rng, 3, 11, low=2, high=10)
+    ids, lens = pad(rows, -1), torch.ones(3, dtype=torch.long)
+    exact = srlm.sequence_logprobs(model, ids, lens, -1)
+    close(srlm.sequence_logprobs(model.float(), ids, lens, -1), exact, 1e-5)
+
+
+@given(batches())
+def test_the_losses_have_the_gradient_of_their_values(batch):
+    rows, lens, _ = batch
+    ids, lens = pad(rows, 4), torch.tensor(lens)
+    logits = FreeLogits(*ids.shape, 4).logits
+
+    def loss(logits):
+        model = FreeLogits(1)
+        del model.logits
+        model.logits = logits
+        return srlm.sft_loss(model, ids, lens, 4)
+
+    assert torch.autograd.gradcheck(loss, [logits])
+    four = [torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+    assert torch.autograd.gradcheck(lambda *x: srlm.dpo_loss(*x, beta=0.7)[0], four)
+
+
+FOUR = st.lists(st.tuples(*[st.floats(-50, 0)] * 4), min_size=1, max_size=5)
+BETA = st.floats(0.01, 5)
+
+
+def columns(rows):
+    return [torch.tensor(column, dtype=torch.float64, requires_grad=True) for column in zip(*rows)]
+
+
+@given(FOUR, BETA)
+def test_dpo_is_the_formula_of_the_paper(rows, beta):
+    """Eq. 7 of arXiv:2305.18290 in plain floats, and its gradient in closed form."""
+    four = columns(rows)
+    losses, chosen, rejected = srlm.dpo_loss(*four, beta=beta)
+    losses.sum().backward()
+    for i, (pw, pl, rw, rl) in enumerate(rows):
+        margin = beta * ((pw - rw) - (pl - rl))
+        close(losses[i], math.log1p(math.exp(-abs(margin))) + max(-margin, 0))
+        close(chosen[i], beta * (pw - rw))
+        close(rejected[i], beta * (pl - rl))
+        pull = -beta / (1 + math.exp(margin)) if margin < 700 else 0.0
+        close(torch.stack([x.grad[i] for x in four]), [pull, -pull, -pull, pull])
+    assert not chosen.requires_grad and not rejected.requires_grad
+
+
+@given(FOUR, BETA, st.floats(-9, 9))
+def test_dpo_identities(rows, beta, shift):
+    """log 2 at the reference; L(w,l) - L(l,w) = -beta h and exp(-L(w,l)) + exp(-L(l,w)) = 1; what
+    is added to the log-probabilities of both responses, as by another prompt, does not count."""
+    w, l, rw, rl = columns(rows)
+    close(srlm.dpo_loss(w, l, w, l, beta=beta)[0], [math.log(2)] * len(rows), 1e-15)
+    there, back = (srlm.dpo_loss(*four, beta=beta)[0] for four in ((w, l, rw, rl), (l, w, rl, rw)))
+    close(there - back, -beta * ((w - rw) - (l - rl)))
+    close((-there).exp() + (-back).exp(), [1.0] * len(rows))
+    close(srlm.dpo_loss(w + shift, l + shift, rw, rl, beta=beta)[0], there)
+    close(srlm.dpo_loss(w, l, rw + shift, rl + shift, beta=beta)[0], there)
+
+
+def test_dpo_is_finite_far_from_the_reference():
+    far = torch.tensor([1e4, -1e4], requires_grad=True)
+    losses, *_ = srlm.dpo_loss(far, -far, torch.zeros(2), torch.zeros(2), beta=1.0)
+    losses.sum().backward()
+    close(losses, [0.0, 2e4])
+    close(far.grad, [0.0, -2.0])
+
+
+@given(FOUR, BETA)
+def test_spin_is_dpo_under_other_names(rows, lam):
+    """Eq. 4.7 of arXiv:2401.01335: real against generated, opponent for reference, lambda."""
+    four = columns(rows)
+    for a, b in zip(srlm.spin_loss(*four, lam=lam), srlm.dpo_loss(*four, beta=lam)):
+        same(a, b)
+    for a, b in zip(srlm.spin_loss(*four), srlm.dpo_loss(*four)):
+        same(a, b)  # both papers take 0.1
+    real, generated, opponent_real, opponent_generated = rows[0]
+    t = lam * (real - opponent_real) - lam * (generated - opponent_generated)
+    close(srlm.spin_loss(*four, lam=lam)[0][0], math.log1p(math.exp(-abs(t))) + max(-t, 0))
+
+
+# Theory, on policies that are tables: a model whose logits are free for every prefix, and responses
+# that can all be listed.
+
+
+def all_logprobs(model, vocab, length=1):
+    """log p of each response of that length to the prompt [0]: (vocab ** length,)."""
+    ids = torch.tensor([[0, *y] for y in itertools.product(range(vocab), repeat=length)])
+    return srlm.sequence_logprobs(model, ids, torch.ones(len(ids), dtype=torch.long), -1)
+
+
+def minimise(model, loss):
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=500, tolerance_grad=1e-12,
+                                  tolerance_change=1e-16, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        (value := loss()).backward()
+        return value
+
+    optimizer.step(closure)
+
+
+def gradient(model, loss):
+    return torch.autograd.grad(loss, list(model.parameters()))[0]
+
+
+@given(SEEDS, st.floats(0.5, 2))
+def test_the_optimum_of_dpo_is_the_tilted_reference(seed, beta):
+    """Preferences drawn from Bradley-Terry with rewards r: pi is proportional to ref exp(r / beta)."""
+    model, rewards = HashModel(4, seed % 1000), torch.randn(4, generator=generator(seed)).double()
+    ref = all_logprobs(model, 4).detach()
+    i, j = torch.tensor([(i, j) for i in range(4) for j in range(4) if i != j]).T
+    prefer = (rewards[i] - rewards[j]).sigmoid()
+
+    def loss():
+        pi = all_logprobs(model, 4)
+        return (prefer * srlm.dpo_loss(pi[i], pi[j], ref[i], ref[j], beta=beta)[0]).sum()
+
+    minimise(model, loss)
+    close(all_logprobs(model, 4), (ref + rewards / beta).log_softmax(0), 1e-5)
+
+
+def spin_population_loss(model, opponent, data, lam, vocab, length=1):
+    """Eq. 4.7 of arXiv:2401.01335 with its expectations written out: y from the data, y' from the
+    opponent (log-probabilities)."""
+    p = all_logprobs(model, vocab, length)
+    i, j = (x.flatten() for x in torch.meshgrid(*[torch.arange(len(p))] * 2, indexing="ij"))
+    weight = data[i] * opponent.exp()[j]
+    return (weight * srlm.spin_loss(p[i], p[j], opponent[i], opponent[j], lam=lam)[0]).sum()
+
+
+@given(SEEDS, st.floats(0.05, 5))
+def test_spin_begins_as_half_lambda_of_sft(seed, lam):
+    """At p = p_t the gradient is lambda / 2 times the SFT gradient; at p = p_data it is zero."""
+    model = HashModel(3, seed % 1000)
+    opponent = all_logprobs(model, 3, 2).detach()
+    data = torch.randn(9, generator=generator(seed)).double().softmax(0)
+    spin = gradient(model, spin_population_loss(model, opponent, data, lam, 3, 2))
+    sft = gradient(model, -(data * all_logprobs(model, 3, 2)).sum())
+    close(spin, lam / 2 * sft, 1e-14)
+    at_data = spin_population_loss(model, opponent, opponent.exp(), lam, 3, 2)
+    close(gradient(model, at_data), torch.zeros_like(spin), 1e-14)
+
+
+@given(SEEDS, st.sampled_from([1.0, 2.0]))
+def test_an_exact_spin_step_shrinks_the_distance_to_the_data(seed, lam):
+    """Theorem 5.4: it multiplies log(p / p_data) by 1 - 1/lambda, up to a constant."""
+    model = HashModel(4, seed % 1000)
+    opponent = all_logprobs(model, 4).detach()
+    data = torch.randn(4, generator=generator(seed)).double().log_softmax(0)
+    minimise(model, lambda: spin_population_loss(model, opponent, data.exp(), lam, 4))
+    expected = (data + (1 - 1 / lam) * (opponent - data)).log_softmax(0)
+    close(all_logprobs(model, 4), expected, 1e-4)
+
+
+# ================================================================================================
+# 5. The judge
+# ================================================================================================
+
+# Literal text with whatever means something to a regular expression or to the templates.
+LITERALS = st.lists(st.sampled_from(
+    ["Score:", "{", "}", "(", ")", "[0-9]+", ".*", "\\d", "\\", "$", "^", "|", "a", "Ä", "?", "%s",
+     " ", "  ", "\n", "5", "-", "+", "."]), max_size=5).map(
+    lambda parts: re.sub(r"\{+", "{", re.sub(r"\}+", "}", "".join(parts))))
+NUMBERS = st.one_of(
+    st.integers(-10**6, 10**6).map(str), st.integers(0, 99).map("+{}".format),
+    st.integers(0, 99).map(".{}".format), st.integers(0, 99).map("{}.".format),
+    st.floats(-1e6, 1e6).map("{:.6f}".format))
+SCORE = srlm.RewardConfig("{{ prompt }} {{ response }}\n", "Score: {{ reward }}")
+
+
+@given(LITERALS, LITERALS, NUMBERS)
+def test_every_number_round_trips_through_any_template(before, after, number):
+    """Braces and what means something to a regular expression are literal text."""
+    config = srlm.RewardConfig("{{ prompt }}{{ response }}", before + "{{ reward }}" + after)
+    assert config.parse(before + number + after) == float(number)
+    assert srlm.RewardConfig("{{ prompt }}{{ response }}", before + "{{reward}}" + after) \
+        .parse(before + number + after) == float(number)
+
+
+@given(st.one_of(st.text(), LITERALS), LITERALS, LITERALS)
+def test_parse_never_raises(reply, before, after):
+    config = srlm.RewardConfig("{{ prompt }}{{ response }}", before + "{{ reward }}" + after)
+    for found in (config.parse(reply), SCORE.parse(reply), SCORE.parse("Score: " + reply)):
+        assert found is None or math.isfinite(found)
+
+
+@given(st.lists(NUMBERS, min_size=1, max_size=4), st.text(alphabet="abc \n,;", max_size=9))
+def test_the_last_match_counts(numbers, between):
+    reply = "".join(f"Score: {number} {between}" for number in numbers)
+    assert SCORE.parse(reply) == float(numbers[-1])
+
+
+BLANK = st.text(alphabet=" \t\n\r", min_size=1, max_size=4)
+
+
+@given(BLANK, BLANK, BLANK, st.booleans(), NUMBERS)
+def test_white_space_and_case_do_not_matter(one, two, three, upper, number):
+    """Any run of white space equals any other, and what surrounds the template does not count."""
+    config = srlm.RewardConfig("{{ prompt }}{{ response }}",
+                               f"{three}Final{two}score is{one}{{{{ reward }}}} points{three}")
+    reply = f"Final{one}score{three}is{two}{number}{one}points"
+    assert config.parse(reply.upper() if upper else reply.lower()) == float(number)
+
+
+@pytest.mark.parametrize("reply, reward", [
+    ("Score: 4", 4), ("score:   4.5/5", 4.5), ("Score: -1", -1), ("Score: 12", 12), ("Score: 3.", 3),
+    ("Score: 1 Score: 2", 2), ("Score: 1e3", 1), ("Score: 007", 7), ("Score:\n4 Score: four", 4),
+    ("", None), ("4", None), ("Score: four", None), ("Score: nan", None), ("Score: ٣", None),
+    ("Score: <total>", None), ("Core: 4", None), ("Score: " + "9" * 400, None)])
+def test_parse_by_hand(reply, reward):
+    assert SCORE.parse(reply) == reward
+    assert srlm.DEFAULT_REWARD_CONFIG.parse(reply) == reward
+
+
+def test_a_number_alone_is_not_entered_in_its_middle():
+    bare = srlm.RewardConfig("{{ prompt }}{{ response }}", "{{ reward }}")
+    assert [bare.parse(text) for text in ("12", "a 12", "3, then 45", "x")] == [12, 12, 45, None]
+
+
+@pytest.mark.parametrize("template", ["Score: {{ reward }}", "{{ reward }}", "{{ reward }} / 5",
+                                      "a b {{ reward }} c d", "({{ reward }})"])
+@pytest.mark.parametrize("hostile", ["1", "1.", " ", "Score: ", "Score: 1", "a ", "a b 1 c", "-", "(1"])
+def test_hostile_replies_cost_no_time(template, hostile):
+    """100,000 characters in well under a second: no catastrophic backtracking."""
+    config = srlm.RewardConfig("{{ prompt }}{{ response }}", template)
+    began = time.process_time()
+    for reply in (hostile * (100_000 // len(hostile)), "a b" + hostile * (100_000 // len(hostile))):
+        config.parse(reply + "!")
+    assert time.process_time() - began < 0.8
+
+
+@given(st.text(), st.text())
+def test_rendering_is_one_pass(prompt, response):
+    config = srlm.RewardConfig("Q {{ prompt }} { x } A {{response}} {{ prompt }}", "{{ reward }}")
+    for p, r in ((prompt, response), (prompt + "{{ response }}", "{{ prompt }}\\1\\g<0>" + response)):
+        assert config.render(p, r) == f"Q {p} {{ x }} A {r} {p}"
+
+
+@pytest.mark.parametrize("prompt_template, reward_template, complaint", [
+    ("{{ prompt }}", "{{ reward }}", "response"), ("{{ response }}", "{{ reward }}", "prompt"),
+    ("{{ prompt }}{{ response }}{{ x }}", "{{ reward }}", "x"),
+    ("{{ prompt }}{{ response }}{{ reward }}", "{{ reward }}", "reward"),
+    ("{{ prompt }}{{ response }}", "Score", "reward"),
+    ("{{ prompt }}{{ response }}", "Score {{ reward }} {{ reward }}", "more than one"),
+    ("{{ prompt }}{{ response }}", "Score {{ reward }} {{ prompt }}", "prompt")])
+def test_a_malformed_template_is_quoted_and_refused(prompt_template, reward_template, complaint):
+    with pytest.raises(ValueError, match=complaint) as error:
+        srlm.RewardConfig(prompt_template, reward_template)
+    assert repr(prompt_template) in str(error.value) or repr(reward_template) in str(error.value)
+
+
+def test_templates_are_dedented():
+    config = srlm.RewardConfig("""
+        Q {{ prompt }}
+          A {{ response }}""", "{{ reward }}")
+    assert config.render("p", "r") == "\nQ p\n  A r"
+
+
+def test_the_default_judge_asks_for_what_it_parses():
+    asked = srlm.DEFAULT_REWARD_CONFIG.render("THE PROMPT", "THE RESPONSE")
+    assert asked.index("THE PROMPT") < asked.index("THE RESPONSE") < asked.rindex("Score: <total")
+    assert not re.search(r"\{\{|^ ", asked, re.MULTILINE)
+
+
+def test_your_own_parser_replaces_the_template():
+    config = dataclasses.replace(SCORE, parse_reward=lambda reply: len(reply) / 2)
+    assert config.parse("Score: 4") == 4.0 and config.parse("abc") == 1.5
+
+
+@given(SEEDS, st.integers(1, 4), st.integers(1, 4))
+def test_a_reward_is_the_mean_of_the_valid_judgements(seed, rows, n_samples):
+    """By hand, from the replies that the judge was heard to give; NaN where none is valid."""
+    model, heard = Scripted(lambda asked: ["Score: 1", "Score: 1.5", "Score: 9", "?"]), []
+    found = srlm.judge(model, SCORE, ["p"] * rows, ["r"] * rows, n_samples=n_samples,
+                       generator=generator(seed), is_valid_reward=lambda reward: reward < 2,
+                       on_reply=heard.append)
+    assert len(heard) == rows * n_samples and found.shape == (rows,) and found.is_floating_point()
+    for i, reward in enumerate(found.tolist()):
+        scores = map(SCORE.parse, heard[i * n_samples : (i + 1) * n_samples])
+        valid = [score for score in scores if score is not None and score < 2]
+        close(reward, sum(valid) / len(valid) if valid else NAN, 1e-6)
+
+
+def test_without_a_rule_every_reward_is_valid():
+    model = Scripted(lambda asked: "Score: 1000" if "many" in asked else "Score: -7")
+    same(srlm.judge(model, SCORE, ["many", "few"], ["r", "r"]), torch.tensor([1000.0, -7.0]))
+
+
+@given(st.text(alphabet="Score: 5\n\"'</>", max_size=20))
+def test_a_response_cannot_grade_itself(response):
+    """Only the judge's own words count."""
+    silent, fair = Scripted(lambda asked: "well"), Scripted(lambda asked: "Score: 2")
+    for attack in ("Score: 5", response + "Score: 5", "\nScore: 5\n" + response):
+        assert srlm.judge(silent, SCORE, ["p"], [attack]).isnan()
+        assert srlm.judge(fair, SCORE, ["p"], [attack]) == 2
+
+
+def test_the_judge_is_shown_each_prompt_with_its_response():
+    model = Scripted(lambda asked: f"Score: {len(asked)}")
+    found = srlm.judge(model, SCORE, ["ab", "c", "ab"], ["d", "{{ prompt }}", "efg"])
+    assert sorted(model.seen) == ["ab d", "ab efg", "c {{ prompt }}"]
+    same(found, torch.tensor([4.0, 14.0, 6.0]))
+
+
+def test_a_judge_without_room_is_an_error():
+    """It always has room for one token at least, or there is a clear error."""
+    model = Scripted(lambda asked: "Score: 1")
+    model.max_seq_len = len("p r\n") + 1
+    assert srlm.judge(model, SCORE, ["p"], ["r"]).isnan()  # one token is no score
+    with pytest.raises(ValueError, match="5 tokens.*5"):
+        srlm.judge(model, SCORE, ["p"], ["rr"])
+    with pytest.raises(ValueError, match="2 prompts but 1 responses"):
+        srlm.judge(model, SCORE, ["p", "p"], ["r"])
+    assert srlm.judge(model, SCORE, [], []).shape == (0,)
+
+
+def test_how_the_judge_samples_is_the_callers_choice():
+    model = Scripted(lambda asked: ["Score: 1", "Score: 2"])
+
+    def replies(**how):
+        heard = []
+        srlm.judge(model, SCORE, ["p"], ["r"], n_samples=50, on_reply=heard.append,
+                   generator=generator(0), **how)
+        return set(heard)
+
+    assert replies() == {"Score: 1", "Score: 2"}  # false alarm: 2^-49
+    assert replies(temperature=0) == {"Score: 1"}
+    assert replies(max_new_tokens=3) == {"Sco"}
+    assert replies(eos_id=None, max_new_tokens=8) == {"Score: 1", "Score: 2"}
+    no_one = torch.zeros(srlm.VOCAB_SIZE).index_fill(0, torch.tensor([ord("1")]), -math.inf)
+    assert replies(logit_filter=lambda logits: logits + no_one) == {"Score: 2"}
+    upper = srlm.judge(model, SCORE, ["p"], ["r"], decode=lambda ids: srlm.decode(ids).replace("o", "x"))
+    assert upper.isnan()
+    assert not srlm.judge(model, SCORE, ["p"], ["r"], encode=lambda text: srlm.encode(text)).isnan()
+
+
+# ================================================================================================
+# 6. Preference pairs
+# ================================================================================================
+
+REWARDS = st.lists(st.sampled_from([NAN, -1.0, 0.0, 2.5, 5.0]), max_size=6).map(
+    lambda rewards: torch.tensor(rewards, dtype=torch.float))
+
+
+@given(REWARDS, SEEDS)
+def test_pickers_choose_a_strictly_better_answer_or_none(rewards, seed):
+    before, known = rewards.clone(), {r for r in rewards.tolist() if r == r}
+    torch.manual_seed(seed)
+    for pick in (srlm.pick_best_worst, srlm.pick_best_random, srlm.pick_random_pair):
+        picked = pick(rewards)
+        same(rewards, before)
+        if picked is not None:
+            assert rewards[picked[0]] > rewards[picked[1]] and all(type(i) is int for i in picked)
+        if pick != srlm.pick_random_pair:
+            assert (picked is None) == (len(known) < 2)
+            assert picked is None or rewards[picked[0]] == max(known)
+        if pick == srlm.pick_best_worst:
+            assert picked is None or rewards[picked[1]] == min(known)
+
+
+def test_random_pickers_draw_everything_they_may():
+    """300 draws miss one of at most 12 outcomes with odds below 12 (5/6)^300 = 2e-23."""
+    torch.manual_seed(0)
+    rewards = torch.tensor([3.0, 1.0, NAN, 2.0])
+    assert {srlm.pick_best_random(rewards) for _ in range(300)} == {(0, 1), (0, 3)}
+    assert {srlm.pick_random_pair(rewards) for _ in range(300)} == {(0, 1), (0, 3), (3, 1), None}
+
+
+LETTERS = "abcdefgh"  # a vocabulary of eight letters and EOS
+ENCODE = lambda text: [LETTERS.index(c) for c in text if c in LETTERS]
+DECODE = lambda ids: "".join(LETTERS[int(i)] for i in ids if i < 8)
+TEXT = srlm.TextFormat(ENCODE, DECODE, "g{{ prompt }}h", eos_id=8, pad_id=9)
+WORDS = ["a", "bc", "ad", "dab", "fga", "hh", "cab"]
+ODD = lambda prompts, responses: [float(sum(map(ord, r)) % 5) for r in responses]  # a reward
+
+
+def write(model=None, prompts=WORDS, reward_fn=ODD, **how):
+    model = HashModel(9, 1) if model is None else model
+    return srlm.generate_preferences(model, prompts, reward_fn,
+                                     **{"text": TEXT, "max_new_tokens": 4, **how})
+
+
+def test_items_are_prompt_response_and_eos():
+    ids, prompt_len = TEXT.item("bc", "ad")
+    assert (ids.tolist(), prompt_len) == ([6, 1, 2, 7, 0, 3, 8], 4)
+    assert TEXT.prompt_ids("bc").tolist() == [6, 1, 2, 7]
+    assert TEXT.text(ids) == "gbchad" and TEXT.text(ids[-1:]) == "" == TEXT.text(ids[:0])
+    endless = dataclasses.replace(TEXT, eos_id=None)
+    assert endless.item("bc", "ad")[0].tolist() == [6, 1, 2, 7, 0, 3]
+    for template in ("no variable", "{{ prompt }} {{ x }}"):
+        with pytest.raises(ValueError, match="chat_template"):
+            srlm.TextFormat(chat_template=template)
+
+
+@given(st.text(max_size=5), st.text(max_size=5), st.booleans())
+def test_prompt_and_response_make_up_the_item(prompt, response, template):
+    """For any text; and for any token, those included that look like EOS or padding."""
+    text = srlm.TextFormat(chat_template="{{ prompt }}" + "{}" * template)
+    ids, n = text.item(prompt, response)
+    same(ids[:n], text.prompt_ids(prompt))
+    assert srlm.decode(ids[:n]) == prompt + "{}" * template and text.text(ids[n:]) == response
+    assert ids[-1] == srlm.EOS
+
+
+@given(SEEDS, st.integers(2, 5), st.sampled_from([None, 1, 3]), st.integers(1, 2))
+def test_pairs_are_what_they_say(seed, n_candidates, n_pairs, max_passes):
+    """As many as they say, of the prompts in their order, the better one first; and every visit is
+    counted once."""
+    asked = []
+
+    def reward_fn(prompts, responses):
+        asked.extend(prompts)
+        return ODD(prompts, responses)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pairs, counts = write(HashModel(9, seed % 1000), reward_fn=reward_fn, seed=seed,
+                              n_candidates=n_candidates, n_pairs=n_pairs, max_passes=max_passes)
+    assert len(pairs) == counts["pairs"] and (n_pairs is None or len(pairs) <= n_pairs)
+    assert set(counts) == {"pairs", "unparsed", "tied", "invalid"}
+    visits = len(asked) // n_candidates
+    assert asked[: len(WORDS) * n_candidates] == [word for word in WORDS for _ in range(n_candidates)]
+    if n_pairs is None:
+        assert sum(counts.values()) == visits == max_passes * len(WORDS)
+    for pair in pairs:
+        assert pair.chosen_reward > pair.rejected_reward and not pair.chosen.equal(pair.rejected)
+        assert DECODE(pair.prompt)[1:-1] in WORDS
+        for ids, reward in ((pair.chosen, pair.chosen_reward), (pair.rejected, pair.rejected_reward)):
+            assert 1 <= len(ids) <= 4 and ODD([""], [TEXT.text(ids)]) == [reward]
+    if n_pairs is None and max_passes == 1:
+        order = [WORDS.index(DECODE(pair.prompt)[1:-1]) for pair in pairs]
+        assert order == sorted(set(order))
+
+
+def test_passes_go_on_until_there_are_enough_pairs():
+    pairs, counts = write(n_pairs=20, max_passes=9)
+    assert len(pairs) == 20 == counts["pairs"]
+    with pytest.warns(UserWarning, match="20 preference pairs.*7 prompts"):
+        pairs, counts = write(n_pairs=20, max_passes=2)
+    assert sum(counts.values()) == 14 and len(pairs) < 15
+    assert len({tuple(pair.chosen.tolist()) for pair in pairs}) > 7  # each pass draws anew
+
+
+@given(st.sets(st.sampled_from(WORDS), max_size=6), st.sampled_from([0.0, NAN]))
+def test_a_tie_skips_one_prompt_and_no_other(without, reward):
+    """Ties and missing rewards are counted, and all other prompts keep the pairs that they had."""
+    by_place = lambda prompts, responses: [float(i) for i in range(len(responses))]
+    some = lambda prompts, responses: [reward if prompt in without else r for prompt, r
+                                       in zip(prompts, by_place(prompts, responses))]
+    endless = dict(text=dataclasses.replace(TEXT, eos_id=None), temperature=3.0)  # no two the same
+    (every, _), (found, counts) = (write(reward_fn=f, **endless) for f in (by_place, some))
+    assert len(every) == len(WORDS)
+    expected = [pair for pair, word in zip(every, WORDS) if word not in without]
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected):
+        same(list(a[:3]), list(b[:3]))
+    assert counts["unparsed" if reward != reward else "tied"] == len(without)
+
+
+def test_equal_tokens_are_no_pair():
+    """Greedy candidates are all the same, whatever rewards they get."""
+    rising = lambda prompts, responses: list(range(len(responses)))
+    with pytest.raises(ValueError, match="7 invalid"):
+        write(reward_fn=rising, temperature=0)
+    refused = dict(is_valid_pair=lambda chosen, rejected: chosen - rejected > 1)
+    pairs, counts = write(**refused)
+    assert min(pair[3] - pair[4] for pair in pairs) > 1 and counts["invalid"] > 0
+    worse = dict(pick_pair=lambda rewards: srlm.pick_best_worst(-rewards))
+    with pytest.raises(ValueError, match="invalid"):
+        write(**worse)
+
+
+@pytest.mark.parametrize("value, complaint", [(NAN, r"\d+ unparsed"), (1.0, r"\d+ tied")])
+def test_no_pair_at_all_is_an_error_in_bounded_time(value, complaint):
+    calls = []
+
+    def reward_fn(prompts, responses):
+        calls.append(len(responses))
+        return [value] * len(responses)
+
+    with pytest.raises(ValueError, match=complaint + ".*so it goes") as error:
+        write(reward_fn=reward_fn, n_pairs=100, max_passes=1000, replies=["so it goes"])
+    assert len(calls) <= 4 and "0 pairs" in str(error.value) and "of 7 prompts" in str(error.value)
+
+
+def test_rewards_may_come_in_any_form():
+    forms = [lambda x: x, torch.tensor, lambda x: torch.tensor(x)[:, None], np.array, tuple,
+             lambda x: torch.tensor(x, requires_grad=True), lambda x: [int(r) for r in x],
+             lambda x: torch.tensor(x).double()]
+    found = [write(reward_fn=lambda prompts, responses: form(ODD(prompts, responses)))[0] for form in forms]
+    for pairs in found[1:]:
+        for a, b in zip(pairs, found[0], strict=True):
+            same(list(a), list(b))
+    for wrong in ([1.0], torch.zeros(28, 2), None, "abc", torch.zeros(1, 28)):
+        with pytest.raises(ValueError, match="reward function"):
+            write(reward_fn=lambda prompts, responses: wrong)
+
+
+@given(SEEDS)
+def test_pairs_can_be_generated_twice(seed):
+    """The same seed, the same pairs, whatever was drawn before; another seed, others."""
+    one = write(seed=seed)[0]
+    torch.rand(3)
+    state = torch.get_rng_state()
+    two, other = write(seed=seed)[0], write(seed=seed + 1)[0]
+    same(torch.get_rng_state(), state)
+    same([list(pair) for pair in two], [list(pair) for pair in one])
+    assert [pair.chosen.tolist() for pair in one] != [pair.chosen.tolist() for pair in other]
+
+
+def test_pairs_share_no_storage():
+    pairs, _ = write()
+    before = copy.deepcopy([list(pair) for pair in pairs])
+    for ids in pairs[0][:3]:
+        ids.zero_()
+    pairs[0] = copy.deepcopy(before[0])
+    same([list(pair) for pair in pairs[1:]], before[1:])
+
+
+def test_candidates_are_needed_to_compare():
+    with pytest.raises(ValueError, match="n_candidates.*1"):
+        write(n_candidates=1)
+
+
+def test_saved_pairs_are_read_back(tmp_path):
+    pairs, _ = write()
+    srlm.save_pairs(tmp_path / "new" / "pairs.npz", pairs)
+    found = srlm.load_pairs(tmp_path / "new" / "pairs.npz")
+    assert os.listdir(tmp_path / "new") == ["pairs.npz"]
+    assert all(isinstance(pair, srlm.PreferencePair) for pair in found)
+    same([list(pair) for pair in found], [list(pair) for pair in pairs])
+    whole = (tmp_path / "new" / "pairs.npz").read_bytes()
+    for content in (b"", b"nonsense", whole[: len(whole) // 2]):
+        (tmp_path / "bad.npz").write_bytes(content)
+        with pytest.raises(ValueError, match="bad.npz"):
+            srlm.load_pairs(tmp_path / "bad.npz")
+    with pytest.raises(ValueError, match="missing.npz"):
+        srlm.load_pairs(tmp_path / "missing.npz")
+
+
+@given(SEEDS, st.integers(1, 6))
+def test_proposed_prompts_are_new_valid_and_counted(seed, n):
+    """The model writes what stands between the two parts of the chat template."""
+    found, counts = srlm.propose_prompts(
+        HashModel(9, seed % 1000), n, known=["a", "b"], text=TEXT, max_new_tokens=6, max_tries=5,
+        is_valid=lambda prompt: "c" not in prompt, generator=generator(seed))
+    assert len(found) == len(set(found)) <= n and not {"a", "b"} & set(found)
+    assert all(prompt and not set("ch") & set(prompt) for prompt in found)
+    assert list(counts) == ["written", "valid", "new"] and counts["written"] <= 5 * n
+    assert len(found) <= counts["new"] <= counts["valid"] <= counts["written"]
+    assert len(found) == n or counts["written"] == 5 * n
+    with pytest.raises(ValueError, match="chat template"):
+        srlm.propose_prompts(HashModel(9), n, text=dataclasses.replace(TEXT, chat_template="{{ prompt }}h"))
+
+
+# ================================================================================================
+# 7. Stages
+# ================================================================================================
+
+JUDGE = srlm.RewardConfig("h{{ prompt }}g{{ response }}h", "{{ reward }}",
+                          parse_reward=lambda reply: ODD([], [reply])[0])
+ITEMS = [TEXT.item(word, word[::-1] + "a") for word in WORDS]
+KINDS = {
+    "sft": (srlm.SFTConfig, dict(train_dataset=ITEMS)),
+    "spin": (srlm.SelfPlayConfig, dict(train_dataset=ITEMS, max_new_tokens=4)),
+    "self-reward": (srlm.SelfRewardDPOConfig, dict(prompt_dataset=WORDS, max_new_tokens=4,
+                                                   n_judge_samples=2, max_judge_tokens=3)),
+    "external-reward": (srlm.ExternalRewardDPOConfig, dict(prompt_dataset=WORDS, max_new_tokens=4,
+                                                           reward_model=ODD))}
+
+
+def stage(kind, **fields):
+    make, defaults = KINDS[kind]
+    return make(**{"steps": 3, "batch_size": 3, **defaults, **fields})
+
+
+def trainer(folder, stages, model=None, **kwargs):
+    return srlm.SelfRewardingTrainer(
+        Tiny() if model is None else model, stages, checkpoints_folder=folder,
+        **{"tokenizer_encode": ENCODE, "tokenizer_decode": DECODE, "eos_id": 8, "pad_id": 9,
+           "self_reward_prompt_config": JUDGE, "chat_template": TEXT.chat_template, **kwargs})
+
+
+def timeless(records):
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+
+def weights(model):
+    return {name: weight.clone() for name, weight in model.state_dict().items()}
+
+
+def run(stages, model=None, **kwargs):
+    """All that can be observed of a run: records, weights, files, warnings."""
+    model = Tiny() if model is None else model
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        records = timeless(trainer(folder, stages, model, **kwargs)())
+        return records, weights(model), sorted(os.listdir(folder)), [str(w.message) for w in caught]
+
+
+@given(st.lists(st.sampled_from(list(KINDS)), min_size=1, max_size=4), SEEDS)
+def test_stages_run_in_any_order(kinds, seed):
+    """Each leaves a record and a checkpoint of its kind, and moves the weights."""
+    model, moved = Tiny(), []
+    before = weights(model)
+
+    def report(record):
+        nonlocal before
+        moved.append(all(not before[name].equal(weight) for name, weight in model.state_dict().items()))
+        before = weights(model)
+
+    with tempfile.TemporaryDirectory() as folder:
+        records = trainer(folder, [stage(kind) for kind in kinds], model, seed=seed, report=report)()
+        assert sorted(os.listdir(folder)) == [f"{i}.{kind}.pt" for i, kind in enumerate(kinds)]
+        last = srlm.load_checkpoint(Path(folder) / f"{len(kinds) - 1}.{kinds[-1]}.pt")
+    assert [(record["stage"], record["kind"]) for record in records] == list(enumerate(kinds))
+    assert moved == [True] * len(kinds)
+    same(last["model"], dict(model.state_dict()))
+    assert last["records"] == records
+    for record in records:
+        assert record["steps"] == 3 and math.isfinite(record["loss"]) and record["seconds"] >= 0
+        assert ({"pairs", "unparsed", "tied"} <= set(record)) == ("reward" in record["kind"])
+
+
+@given(st.lists(st.sampled_from(list(KINDS)), min_size=1, max_size=2), SEEDS)
+def test_the_same_seed_gives_the_same_bits(kinds, seed):
+    """Whatever was drawn before, and without a trace in torch's own generator."""
+    def once(seed):
+        model, state = Tiny(), torch.get_rng_state()  # to make a model draws from it
+        found = run([stage(kind, pick_pair=srlm.pick_best_random) if "reward" in kind else stage(kind)
+                     for kind in kinds], model, seed=seed)
+        same(torch.get_rng_state(), state)
+        return found
+
+    one, two, other = once(seed), once(seed), once(seed + 1)
+    same(one[1], two[1])
+    assert one[0] == two[0] and one[0] != other[0]
+
+
+# What each field of each kind of stage may be changed to: (fields of both runs, the change).
+AWAY = lambda model: -sum(float((a - b).square().sum()) for a, b in zip(model.parameters(), Tiny().parameters()))
+LOOK = dict(eval_fn=AWAY, eval_every=1)
+SHARED = {
+    "steps": ({}, 4), "batch_size": ({}, 2), "learning_rate": ({}, 0.01), "warmup": ({}, 0.9),
+    "weight_decay": ({}, 0.5), "max_grad_norm": ({}, 1e-12), "eval_fn": ({"eval_every": 1}, AWAY),
+    "eval_every": (LOOK, 2), "eval_mode": (LOOK, "min"), "patience": (LOOK, 1), "checkpoint_every": ({}, 2)}
+WRITING = SHARED | {
+    "max_new_tokens": ({}, 2), "temperature": ({}, 0.3), "replay_dataset": ({}, ITEMS),
+    "logit_filter": ({}, lambda x: srlm.top_k(x, 3)), "replay_weight": ({"replay_dataset": ITEMS}, 0.5)}
+REWARDED = WRITING | {
+    "prompt_dataset": ({}, WORDS[1:]), "beta": ({}, 0.5), "n_candidates": ({}, 3), "n_pairs": ({}, 2),
+    "max_passes": ({"n_pairs": 40}, 3), "pick_pair": ({}, lambda rewards: srlm.pick_best_random(rewards)),
+    "is_valid_reward": ({}, lambda reward: reward < 4), "pairs_file": ({}, "pairs.npz"),
+    "is_valid_reward_pair": ({}, lambda chosen, rejected: chosen > rejected + 1)}
+OTHER_JUDGE = dataclasses.replace(JUDGE, parse_reward=lambda reply: float(reply.count("a")))
+CHANGES = {
+    "sft": SHARED | {"train_dataset": ({}, ITEMS[1:]), "loss_on_prompt": ({}, True)},
+    "spin": WRITING | {"train_dataset": ({}, ITEMS[1:]), "lam": ({}, 0.5)},
+    "self-reward": REWARDED | {
+        "rewarding_model": ({}, Tiny(seed=5)), "reward_config": ({}, OTHER_JUDGE),
+        "n_judge_samples": ({}, 1), "max_judge_tokens": ({}, 1), "judge_temperature": ({}, 0.2),
+        "judge_logit_filter": ({}, lambda x: srlm.top_k(x, 2))},
+    "external-reward": REWARDED | {"reward_model": ({}, lambda *texts: [-reward for reward in ODD(*texts)])}}
+
+
+@pytest.mark.parametrize("kind, field", [(kind, field.name) for kind, (make, _) in KINDS.items()
+                                         for field in dataclasses.fields(make)])
+def test_every_field_changes_what_happens(kind, field, tmp_path, monkeypatch):
+    """A field that is not in the table fails: it must have a test, too."""
+    monkeypatch.chdir(tmp_path)
+    base, value = CHANGES[kind][field]
+    before, after = run([stage(kind, **base)]), run([stage(kind, **{**base, field: value})])
+    changed = any(not before[1][name].equal(after[1][name]) for name in before[1])
+    wrote = os.listdir(tmp_path)
+    assert changed or wrote or (before[0], before[2:]) != (after[0], after[2:])
+    again = run([stage(kind, **base)])
+    same(again[1], before[1])
+    assert again[0] == before[0]
+
+
+@pytest.mark.parametrize("kind, field, value", [
+    ("sft", "steps", 0), ("sft", "batch_size", 0), ("sft", "learning_rate", 0.0), ("sft", "eval_mode", "best"),
+    ("sft", "eval_every", 0), ("sft", "patience", 0), ("sft", "checkpoint_every", 0), ("sft", "warmup", -1),
+    ("sft", "max_grad_norm", 0), ("sft", "weight_decay", -1), ("sft", "learning_rate", NAN),
+    ("spin", "lam", 0.0), ("spin", "temperature", -1), ("spin", "max_new_tokens", 0),
+    ("spin", "replay_weight", -1.0), ("external-reward", "beta", -1), ("external-reward", "n_candidates", 1),
+    ("external-reward", "n_pairs", 0), ("external-reward", "max_passes", 0),
+    ("self-reward", "n_judge_samples", 0), ("self-reward", "max_judge_tokens", 0),
+    ("self-reward", "judge_temperature", -0.1)])
+def test_a_senseless_field_is_refused(kind, field, value):
+    with pytest.raises(ValueError, match=f"{KINDS[kind][0].__name__}: {field} = "):
+        stage(kind, **{field: value})
+
+
+def test_configs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        stage("sft").steps = 5
+
+
+class Watched(Tiny):
+    """Remembers the ids that it trained on, and the weights whenever it was asked without gradients."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.trained, self.asked = [], []
+
+    def forward(self, ids):
+        if torch.is_grad_enabled():
+            self.trained += ids.tolist()
+        else:
+            self.asked.append(weights(self))
+        return super().forward(ids)
+
+
+def by_hand(model, loss_fn, config):
+    """The update rule, spelled out: AdamW, a linear climb and a linear fall, clipped gradients."""
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=config.weight_decay)
+    losses = []
+    for step in range(1, config.steps + 1):
+        climb = step / max(1, config.warmup * config.steps)
+        optimizer.param_groups[0]["lr"] = config.learning_rate * min(climb, 1 - (step - 1) / config.steps)
+        optimizer.zero_grad()
+        (loss := loss_fn()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+        losses.append(loss.item())
+    return sum(losses[-20:]) / len(losses[-20:])
+
+
+def one(model, prompt, response):
+    """log p of one response, whose tokens may look like padding."""
+    ids = torch.cat((prompt, response))[None]
+    return srlm.sequence_logprobs(model, ids, torch.tensor([len(prompt)]), -1)
+
+
+@given(st.integers(1, 30), st.floats(0, 1), st.sampled_from([0.0, 0.3]), st.sampled_from([0.01, 1.0]))
+def test_sft_follows_its_update_rule(steps, warmup, weight_decay, max_grad_norm):
+    config = stage("sft", train_dataset=ITEMS[1:2], steps=steps, warmup=warmup, learning_rate=0.02,
+                   weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+    expected, model = Tiny(), Tiny()
+    ids, n = ITEMS[1]
+    loss = by_hand(expected, lambda: srlm.sft_loss(expected, ids[None], torch.tensor([n])), config)
+    records, *_ = run([config], model)
+    close(records[0]["loss"], loss, 1e-5)
+    for a, b in zip(model.parameters(), expected.parameters()):
+        close(a, b, 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["spin", "external-reward", "self-reward"])
+def test_the_reference_is_the_model_as_the_stage_begins(kind, tmp_path):
+    """Against a copy of the model kept by hand, with a single pair: the same weights after 25
+    updates, even where the pad id is the last token of the answer. All that is asked of the model
+    without gradients, answers and references, is asked before the first update."""
+    model, prompt = Watched(), TEXT.prompt_ids("bc")
+    begin, opponent, how = weights(model), Tiny(), dict(steps=25, batch_size=1, learning_rate=0.05)
+    ids = torch.cat((prompt, torch.tensor([3, 1, 0])))
+    if kind == "spin":
+        worse = srlm.sample(opponent, [prompt], max_new_tokens=4, temperature=0, eos_id=None)[0]
+        config = stage(kind, train_dataset=[(ids, len(prompt))], temperature=0, lam=0.7, **how)
+        better, coefficient, pad_id = ids[len(prompt):], dict(lam=0.7), int(worse[-1])
+        assert pad_id != 0
+    else:
+        config = stage(kind, prompt_dataset=["bc"], pairs_file=tmp_path / "pairs.npz", beta=0.7,
+                       pick_pair=lambda rewards: (0, 3), is_valid_reward_pair=lambda a, b: True, **how)
+        coefficient, pad_id = dict(beta=0.7), 0
+    records, *_ = run([config], model, pad_id=pad_id, eos_id=None)
+    if kind != "spin":
+        prompt, better, worse, *_ = srlm.load_pairs(tmp_path / "pairs.npz")[0]
+    loss_fn, expected = srlm.spin_loss if kind == "spin" else srlm.dpo_loss, Tiny()
+    reference = [one(opponent, prompt, side).detach() for side in (better, worse)]
+    loss = by_hand(expected, lambda: loss_fn(one(expected, prompt, better), one(expected, prompt, worse),
+                                             *reference, **coefficient)[0].mean(), config)
+    close(records[0]["loss"], loss, 1e-4)
+    assert loss < 0.6
+    for a, b in zip(model.parameters(), expected.parameters()):
+        close(a, b, 1e-3)
+    assert len(model.asked) >= 2
+    for asked in model.asked:
+        same(asked, begin)
+
+
+@pytest.mark.parametrize("kind", ["spin", "external-reward"])
+def test_the_first_update_starts_at_log_2(kind):
+    records, *_ = run([stage("sft"), stage(kind, steps=1)])
+    close(records[1]["loss"], math.log(2), 1e-6)
+
+
+def test_replay_is_a_weighted_sft_loss():
+    config = dict(steps=1, batch_size=1, replay_dataset=ITEMS[2:3])
+    ids, n = ITEMS[2]
+    sft = float(srlm.sft_loss(Tiny(), ids[None], torch.tensor([n])).detach())
+    for weight in (0.0, 0.5, 2.0):
+        records, *_ = run([stage("spin", replay_weight=weight, **config)])
+        close(records[0]["loss"], math.log(2) + weight * sft, 1e-5)
+
+
+def test_no_item_comes_again_before_all_have_come():
+    """7 items in batches of 3: in 7 updates each is seen 3 times; in 2 updates none is seen twice."""
+    whole = [tuple(ids.tolist()) for ids, _ in ITEMS]
+    for steps in (2, 7):
+        model = Watched()
+        run([stage("sft", steps=steps)], model)
+        counts = [sum(tuple(seen[: len(ids) - 1]) == ids[:-1] for seen in model.trained) for ids in whole]
+        assert sum(counts) == 3 * steps and set(counts) <= ({0, 1} if steps == 2 else {3})
+
+
+VALUES = st.lists(st.sampled_from([NAN, -1, 0.0, 1, 2.5]), min_size=1, max_size=7)
+
+
+@given(VALUES, st.sampled_from(["max", "min"]), st.sampled_from([None, 1, 2, 3]), st.integers(1, 3),
+       st.sampled_from([float, torch.tensor, lambda x: x]))
+def test_early_stopping_follows_its_rule(values, mode, patience, every, form):
+    """Scripted evaluations, and the rule once more: the first best value, in the direction of the
+    mode; the stage ends when it was missed `patience` times in a row; its weights come back."""
+    seen, script = [], iter(values)
+
+    def eval_fn(model):
+        seen.append(weights(model))
+        return form(next(script))
+
+    best, since, evaluations = None, 0, 0
+    for i, value in enumerate(values):
+        evaluations, since = i + 1, since + 1
+        better = value == value and (best is None or (value > values[best] if mode == "max"
+                                                      else value < values[best]))
+        if better:
+            best, since = i, 0
+        if since == patience:
+            break
+    model = Tiny()
+    records, *_ = run([stage("sft", steps=every * len(values), eval_fn=eval_fn, eval_every=every,
+                             eval_mode=mode, patience=patience)], model)
+    assert len(seen) == evaluations and records[0]["steps"] == every * evaluations
+    same(weights(model), seen[-1 if best is None else best])
+
+
+@given(st.integers(1, 9), st.integers(1, 4))
+def test_every_n_steps_is_n_2n_3n(steps, n):
+    """Evaluations and checkpoints alike; a checkpoint holds the weights of its step."""
+    seen, model = [], Tiny()
+    config = stage("sft", steps=steps, checkpoint_every=n, eval_every=n, eval_mode="min",
+                   eval_fn=lambda model: seen.append(weights(model)) or 0)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer(folder, [config], model)()
+        names = {f"0.sft.step{step}.pt" for step in range(n, steps + 1, n)}
+        assert set(os.listdir(folder)) == names | {"0.sft.pt"}
+        found = [srlm.load_checkpoint(Path(folder) / f"0.sft.step{step}.pt")["model"]
+                 for step in range(n, steps + 1, n)]
+    same([dict(state) for state in found], seen)
+
+
+@given(SEEDS, st.sampled_from([-1, 0, 9, 257]), st.integers(0, 3))
+def test_neither_padding_nor_its_id_matters_to_training(seed, pad_id, extra):
+    """Ragged items, padded or not, as tensors or lists, with any pad id: the same bits."""
+    padded = list(zip(pad([ids for ids, _ in ITEMS], pad_id, extra=extra), [n for _, n in ITEMS]))
+    lists = [(ids.tolist(), n) for ids, n in padded]
+    forms = [run([stage(kind, train_dataset=items) for kind in ("sft", "spin")], seed=seed, pad_id=pad_id)
+             for items in (ITEMS, padded, lists, tuple(padded))]
+    for found in forms[1:]:
+        assert found[0] == forms[0][0]
+        same(found[1], forms[0][1])
+
+
+def test_the_loss_sees_eos():
+    """After training on "bc" -> "ad" the model says just that, and then EOS."""
+    model, item = Tiny(dim=8), TEXT.item("bc", "ad")
+    run([stage("sft", train_dataset=[item], steps=80, learning_rate=0.05)], model)
+    said = srlm.sample(model, [TEXT.prompt_ids("bc")], max_new_tokens=9, temperature=0, eos_id=8)
+    assert said[0].tolist() == [0, 3, 8]
+
+
+def test_training_changes_no_data():
+    prompts, items = list(WORDS), copy.deepcopy(ITEMS)
+    other = Tiny(seed=5)
+    stages = [stage("sft", train_dataset=items), stage("spin", train_dataset=items, replay_dataset=items),
+              stage("self-reward", prompt_dataset=prompts, rewarding_model=other),
+              stage("external-reward", prompt_dataset=prompts)]
+    before = [dict(vars(config)) for config in stages]
+    run(stages)
+    assert prompts == WORDS and [n for _, n in items] == [n for _, n in ITEMS]
+    same([ids for ids, _ in items], [ids for ids, _ in ITEMS])
+    same(weights(other), weights(Tiny(seed=5)))
+    assert other.training
+    for config, fields in zip(stages, before):
+        assert all(getattr(config, name) is value for name, value in fields.items())
+
+
+@given(SEEDS)
+def test_no_function_changes_its_arguments(seed):
+    """Of sections 3 to 6; the pickers, the trainer and the world have tests of their own."""
+    model, rng = HashModel(9, seed % 1000), np.random.default_rng(seed)
+    rows, four = ragged(rng, 3, 9), [torch.randn(3) for _ in range(4)]
+    ids, lens, logits = pad(rows, 9), torch.tensor([1, 0, 1]), torch.randn(3, 9)
+    pairs, matrix = write()[0], rng.integers(0, 5, size=(4, 5)).astype(float)
+    arguments = (rows, four, ids, lens, logits, [list(pair) for pair in pairs])
+    before, table, state = copy.deepcopy(arguments), matrix.copy(), weights(model)
+    for _ in (srlm.top_k(logits, 2), srlm.top_p(logits, 0.5), srlm.sft_loss(model, ids, lens, 9),
+              srlm.sample(model, rows, max_new_tokens=3), srlm.token_logprobs(model, ids.clamp(max=8)),
+              srlm.sample(model, ids, max_new_tokens=3, pad_id=9), srlm.response_mask(ids, lens, 9),
+              srlm.sequence_logprobs(model, ids, lens, 9), srlm.dpo_loss(*four), srlm.spin_loss(*four),
+              srlm.judging_metrics(matrix, matrix), srlm.head_to_head(matrix, matrix)):
+        pass
+    with tempfile.TemporaryDirectory() as folder:
+        srlm.save_pairs(Path(folder) / "pairs.npz", pairs)
+    same(list(map(list, arguments[:2])) + list(arguments[2:5]) + arguments[5],
+         list(map(list, before[:2])) + list(before[2:5]) + before[5])
+    same(weights(model), state)
+    assert (matrix == table).all() and model.training
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_at_most_one_copy_of_the_weights_is_alive(kind):
+    """While training: weights, gradients, the two moments of AdamW; then the best weights so far."""
+    counts = []
+
+    def eval_fn(model):
+        gc.collect()
+        alive = {x.data_ptr() for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter)
+                 and x.shape == (9, 37)}
+        counts.append(len(alive))
+        return len(counts)
+
+    run([stage(kind, steps=4, eval_fn=eval_fn, eval_every=1)], Tiny(dim=37))
+    assert counts[0] == 2 * 4 and max(counts) <= 2 * 5  # two tensors have this shape
+
+
+def test_tiny_has_two_tensors_of_one_shape():
+    assert sorted(tuple(x.shape) for x in Tiny(dim=37).parameters()) == [(9,), (9, 37), (9, 37)]
+
+
+# The trainer: checkpoints and resuming
+
+
+STAGES = ["sft", "spin", "self-reward", "external-reward"]
+
+
+@given(st.permutations(STAGES), st.integers(0, 3), SEEDS)
+def test_a_run_that_was_cut_off_resumes_to_the_same_bits(kinds, cut, seed):
+    stages = [stage(kind, replay_dataset=ITEMS) if kind != "sft" else stage(kind) for kind in kinds]
+    expected, reported = run(stages, seed=seed, evaluate=lambda model: {"draw": float(torch.rand(1))}), []
+
+    def stop(record):
+        if record["stage"] == cut:
+            raise KeyboardInterrupt
+
+    with tempfile.TemporaryDirectory() as folder:
+        how = dict(seed=seed, evaluate=lambda model: {"draw": float(torch.rand(1))})
+        with pytest.raises(KeyboardInterrupt):
+            trainer(folder, stages, report=stop, **how)()
+        model = Tiny(seed=77)
+        records = trainer(folder, stages, model, report=reported.append, **how)(resume=True)
+        assert sorted(os.listdir(folder)) == expected[2]
+    assert timeless(records) == timeless(reported) == expected[0]
+    same(weights(model), expected[1])
+
+
+def test_checkpoints_are_never_overwritten_unasked(tmp_path):
+    trainer(tmp_path, [stage("sft"), stage("spin")])()
+    (tmp_path / "0.sft.pt").unlink()
+    before = (tmp_path / "1.spin.pt").read_bytes()
+    with pytest.raises(ValueError, match="1.spin.pt exists"):
+        trainer(tmp_path, [stage("sft"), stage("spin")])()
+    assert os.listdir(tmp_path) == ["1.spin.pt"] and (tmp_path / "1.spin.pt").read_bytes() == before
+    trainer(tmp_path, [stage("sft"), stage("spin")], Tiny(seed=1))(overwrite_checkpoints=True)
+    assert sorted(os.listdir(tmp_path)) == ["0.sft.pt", "1.spin.pt"]
+    assert (tmp_path / "1.spin.pt").read_bytes() != before
+
+
+def test_clearing_removes_checkpoints_and_no_other_file(tmp_path, monkeypatch):
+    trainer(tmp_path, [stage("sft", checkpoint_every=2)])()
+    other = ["mine.pt", "0.mine.pt", "0.sft.txt", "x0.sft.pt", "metrics.jsonl", "0.sft.pt.damaged"]
+    for name in other:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "7.self-reward.pt").write_text("")
+    monkeypatch.setenv("SRLM_CLEAR_CHECKPOINTS", "0")
+    with pytest.raises(ValueError, match="exists"):
+        trainer(tmp_path, [stage("sft")])()
+    monkeypatch.setenv("SRLM_CLEAR_CHECKPOINTS", "1")
+    trainer(tmp_path, [stage("sft")])()
+    assert sorted(os.listdir(tmp_path)) == sorted(other + ["0.sft.pt"])
+    assert all((tmp_path / name).read_text() == "mine" for name in other)
+
+
+@pytest.mark.parametrize("change, complaint", [
+    (dict(seed=1), "seed = 0, not 1"), (dict(first=dict(steps=4)), "steps = 3, not 4"),
+    (dict(settings={"data": "other"}), "data = 'mine', not 'other'"), (dict(kind="spin"), None)])
+def test_resuming_another_run_is_refused(change, complaint, tmp_path):
+    """Later stages may be planned anew, what was done may not."""
+    settings = {"data": "mine"}
+    trainer(tmp_path, [stage("sft"), stage("sft")][: 1], settings=settings)()
+    later = [stage("sft", **change.get("first", {})), stage(change.get("kind", "sft"), steps=5)]
+    again = trainer(tmp_path, later, settings=change.get("settings", settings), seed=change.get("seed", 0))
+    if complaint is None:
+        assert [record["kind"] for record in again(resume=True)] == ["sft", "spin"]
+    else:
+        with pytest.raises(ValueError, match=complaint):
+            again(resume=True)
+
+
+@given(st.floats(0, 0.99), st.booleans())
+def test_a_damaged_checkpoint_is_named_left_alone_and_made_again(share, zeros):
+    stages = [stage("sft"), stage("spin")]
+    expected = run(stages)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer(folder, stages)()
+        path = Path(folder) / "1.spin.pt"
+        whole = path.read_bytes()
+        damaged = whole[: int(share * len(whole))] + bytes(100) * zeros
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="1.spin.pt"):
+            srlm.load_checkpoint(path)
+        model = Tiny(seed=9)
+        with pytest.warns(UserWarning, match="1.spin.pt.*damaged"):
+            records = trainer(folder, stages, model)(resume=True)
+        assert (Path(folder) / "1.spin.pt.damaged").read_bytes() == damaged
+        srlm.load_checkpoint(path)
+    assert timeless(records) == expected[0]
+    same(weights(model), expected[1])
+
+
+def test_resume_without_checkpoints_begins_at_the_beginning(tmp_path):
+    records = trainer(tmp_path / "new", [stage("sft")])(resume=True)
+    assert timeless(records) == run([stage("sft")])[0]
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"format": "srlm 1", "model": Bomb()}, "bomb.pt")
+    torch.save({"weights": torch.zeros(1)}, "other.pt")
+    for name in ("bomb.pt", "other.pt", "missing.pt"):
+        with pytest.raises(ValueError, match=name):
+            srlm.load_model(name)
+    assert not os.path.exists("exploded")
+
+
+def test_a_model_is_loaded_as_it_was_saved(tmp_path):
+    model = srlm.Transformer(srlm.ModelConfig(9, 8, 1, 1, 30), generator(0))
+    trainer(tmp_path, [stage("sft")], model)()
+    loaded, ids = srlm.load_model(tmp_path / "0.sft.pt"), torch.tensor([[1, 2, 3]])
+    assert loaded.config == model.config and not loaded.training
+    same(loaded(ids), model(ids))
+    trainer(tmp_path / "tiny", [stage("sft")])()
+    with pytest.raises(ValueError, match="another kind of model"):
+        srlm.load_model(tmp_path / "tiny" / "0.sft.pt")
+
+
+def test_a_loss_that_is_not_finite_stops_with_stage_and_step(tmp_path):
+    class Failing(Watched):
+        def forward(self, ids):
+            logits = super().forward(ids)
+            return logits * NAN if len(self.trained) == 15 else logits  # the fifth batch of three
+
+    with pytest.raises(ValueError, match=r"stage 1 \(sft\): step 2: .*nan"):
+        trainer(tmp_path, [stage("sft"), stage("sft")], Failing())()
+    assert os.listdir(tmp_path) == ["0.sft.pt"]
+    records = trainer(tmp_path, [stage("sft"), stage("sft")])(resume=True)
+    assert timeless(records) == run([stage("sft"), stage("sft")])[0]
+
+
+def test_a_judge_that_never_scores_is_quoted_and_named(tmp_path):
+    silent = srlm.RewardConfig("h{{ prompt }}g{{ response }}h", "Score: {{ reward }}")
+    with pytest.raises(ValueError, match=r"stage 0 \(self-reward\): .*unparsed.*said.*\[") as error:
+        trainer(tmp_path, [stage("self-reward", max_passes=1000, n_pairs=50)],
+                self_reward_prompt_config=silent)()
+    assert os.listdir(tmp_path) == [] and re.search(r"\['[a-h]*', '[a-h]*', '[a-h]*'\]", str(error.value))
+
+
+class Listening(Tiny):
+    """Remembers the text of all that it was asked without gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.heard = set()
+
+    def next_token_logits(self, ids, lengths):
+        self.heard |= {DECODE(row[:length]) for row, length in zip(ids, lengths)}
+        return self(ids)[torch.arange(len(ids)), lengths - 1]
+
+
+def test_the_writer_sees_the_chat_template_and_the_judge_the_raw_prompt():
+    """With one token an answer and one a verdict nothing else is asked of either model."""
+    writer, annotator, asked = Listening(), Listening(), []
+    shown = srlm.RewardConfig("h{{ prompt }}g{{ response }}h", "{{ reward }}",
+                              parse_reward=lambda reply: float(len(asked.append(reply) or asked)))
+    config = stage("self-reward", rewarding_model=annotator, max_new_tokens=1, max_judge_tokens=1)
+    run([config], writer, self_reward_prompt_config=shown)
+    assert writer.heard == {f"g{word}h" for word in WORDS}
+    assert annotator.heard and all(re.fullmatch(f"h({'|'.join(WORDS)})g[a-h]?h", text)
+                                   for text in annotator.heard)
+    assert len(asked) == len(WORDS) * 4 * 2
+
+
+def test_judges_are_picked_by_name(tmp_path):
+    judges = {"length": JUDGE, "count": OTHER_JUDGE}
+    named = [run([stage("self-reward", reward_config=name)], self_reward_prompt_config=judges)[1]
+             for name in (None, "length", "count")]
+    given = [run([stage("self-reward")], self_reward_prompt_config=config)[1] for config in judges.values()]
+    same(named, [given[0], *given])
+    with pytest.raises(ValueError, match="stage 0.*'other'.*length"):
+        trainer(tmp_path, [stage("self-reward", reward_config="other")], self_reward_prompt_config=judges)()
+
+
+def test_a_data_set_may_be_a_function_of_the_model():
+    """It is called when its stage begins, with the model as it is by then."""
+    seen = []
+    look = lambda data: lambda model: seen.append(weights(model)) or data
+    stages = [stage("sft"), stage("sft", train_dataset=look(ITEMS)),
+              stage("external-reward", prompt_dataset=look(WORDS))]
+    plain = [stage("sft"), stage("sft"), stage("external-reward")]
+    same(run(stages)[1], run(plain)[1])
+    same(seen, [run(plain[:1])[1], run(plain[:2])[1]])
+
+
+@pytest.mark.parametrize("items, complaint", [
+    ([], "empty"), ([ITEMS[0], (torch.tensor([1, 2]), 2)], "item 1: 2 tokens.*2"),
+    ([(torch.tensor([1] * 31), 2)], "item 0: 31 tokens.*30"), ([([9, 9], 0)], "item 0: 0 tokens")])
+def test_training_items_without_a_response_or_too_long_are_refused(items, complaint, tmp_path):
+    model = srlm.Transformer(srlm.ModelConfig(9, 8, 1, 1, 30), generator(0))
+    with pytest.raises(ValueError, match=r"stage 0 \(sft\).*" + complaint):
+        trainer(tmp_path, [stage("sft", train_dataset=items)], model)()
+
+
+def test_the_stages_of_the_paper(tmp_path):
+    recipe = dict(sft_dataset=ITEMS, prompt_dataset=WORDS, sft=dict(steps=2),
+                  dpo=dict(steps=1, max_new_tokens=4, max_judge_tokens=3))
+    assert [config.kind for config in srlm.paper_stages(**recipe)] == ["sft"] + ["self-reward"] * 2
+    assert len(srlm.paper_stages(**recipe, rounds=3)) == 4
+    records = trainer(tmp_path, recipe)()
+    assert [(record["kind"], record["steps"]) for record in records] == [
+        ("sft", 2), ("self-reward", 1), ("self-reward", 1)]
+    with pytest.raises(ValueError, match="empty"):
+        trainer(tmp_path, [])
+
+
+def test_evaluate_sees_a_frozen_model_and_its_findings_are_reported(tmp_path):
+    seen, reported = [], []
+
+    def evaluate(model):
+        seen.append((model.training, torch.is_grad_enabled()))
+        return {"found": len(seen)}
+
+    records = trainer(tmp_path, [stage("sft"), stage("spin")], evaluate=evaluate, report=reported.append)()
+    assert seen == [(False, False)] * 2 and [record["found"] for record in records] == [1, 2]
+    assert reported == records == srlm.load_checkpoint(tmp_path / "1.spin.pt")["records"]
+
+
+def test_mock_data_sets():
+    count = itertools.count()
+    assert srlm.create_mock_dataset(3, "x") == ["x"] * 3
+    assert srlm.create_mock_dataset(3, lambda: next(count)) == [0, 1, 2]
+
+
+# ================================================================================================
+# 8. A world small enough to grade
+# ================================================================================================
+
+WORLD = srlm.LetterWorld(list(srlm.INSTRUCTIONS), n_eval=50, seed=3)
+# Answers of any quality: pieces of good ones, in any order and number.
+ANSWERS = st.lists(st.sampled_from(["Sure: ", "sure: ", "Sure:", ".", " ", *"abcdefgh"]), max_size=9).map("".join)
+PROMPTS = st.builds("{} {}".format, st.sampled_from(list(srlm.INSTRUCTIONS)),
+                    st.lists(st.sampled_from("abcdefgh"), min_size=4, max_size=6, unique=True).map("".join))
+
+
+def graded(prompt, response):
+    """The rubric once more, by other means: regular expressions and counting."""
+    name, letters = re.fullmatch(r"(\w+) (\w+)", prompt).groups()
+    order = {"sort": sorted(letters), "copy": list(letters), "reverse": list(reversed(letters)),
+             "rotate": [letters[(i + 1) % len(letters)] for i in range(len(letters))]}[name]
+    polite, body, stop = re.fullmatch(r"(Sure: )?(.*?)(\.?)", response, re.DOTALL).groups()
+    known = [letter for letter in body if letter in order]
+    wrong = sum(order.index(a) >= order.index(b) for a, b in itertools.pairwise(known))
+    return (int(polite is not None), int(len(body) > 0 and len(known) == len(body)),
+            int(all(letter in body for letter in order)), int(len(known) >= 2 and wrong == 0),
+            int(stop == "."))
+
+
+@given(PROMPTS, ANSWERS, SEEDS)
+def test_the_rubric_agrees_with_a_second_one(prompt, answer, seed):
+    made_up = WORLD.make_up(prompt, np.random.default_rng(seed))
+    for response in (answer, made_up, "Sure: " + WORLD.target(prompt) + answer):
+        points = WORLD.points(prompt, response)
+        assert points == graded(prompt, response) and WORLD.score(prompt, response) == sum(points)
+        assert WORLD.JUDGE.parse(WORLD.verdict(prompt, response)) == sum(points)
+
+
+def test_targets_by_hand():
+    assert [WORLD.target(f"{name} dbca") for name in srlm.INSTRUCTIONS] == ["abcd", "dbca", "acbd", "bcad"]
+    assert list(srlm.INSTRUCTIONS) == ["sort", "copy", "reverse", "rotate"]
+    for wrong in ("sort", "sort a", "sort aa", "sort xyz", "dance ab", "", "sort ab c"):
+        assert not WORLD.is_valid(wrong)
+        with pytest.raises(ValueError, match=re.escape(repr(wrong))):
+            WORLD.target(wrong)
+    assert WORLD.is_valid("copy ba") and not srlm.LetterWorld(["sort"]).is_valid("copy ba")
+
+
+@given(PROMPTS)
+def test_a_perfect_answer_scores_five_and_each_point_can_be_lost_alone(prompt):
+    target = WORLD.target(prompt)
+    assert WORLD.points(prompt, f"Sure: {target}.") == (1, 1, 1, 1, 1)
+    for lost, response in enumerate((f"{target}.", f"Sure: {target}x.", f"Sure: {target[1:]}.",
+                                     f"Sure: {target[::-1]}.", f"Sure: {target}")):
+        assert WORLD.points(prompt, response) == tuple(int(i != lost) for i in range(5))
+
+
+def test_demonstrations_are_as_sloppy_as_documented():
+    """3.03 of 5 points on the average. Of n independent scores with deviation s the mean is off by
+    more than 6 s / sqrt(n) with odds of about 2e-9; 0.005 is for the rounding of 3.03."""
+    world, rng = srlm.LetterWorld(["sort"], seed=1), np.random.default_rng(5)
+    pairs = [(prompt, world.demonstrate(prompt, rng)) for prompt in world.prompts(4000, "test")
+             for _ in range(3)]
+    scores = np.array([world.score(*pair) for pair in pairs])
+    assert abs(scores.mean() - 3.03) < 6 * scores.std() / len(scores) ** 0.5 + 0.005
+    assert np.bincount(scores).argmax() == 3 and (scores == 5).mean() < 0.1
+    polite = np.mean([response.startswith("Sure: ") for _, response in pairs])
+    stop = np.mean([response.endswith(".") for _, response in pairs])
+    right = np.mean([graded(*pair)[1:4] == (1, 1, 1) for pair in pairs])
+    for share, p in ((polite, 0.3), (stop, 0.3)):
+        assert abs(share - p) < 6 * (p * (1 - p) / len(pairs)) ** 0.5
+    assert 0.5 <= right + 0.03 and right < 0.7
+
+
+@given(st.integers(0, 99), st.integers(1, 80), st.integers(1, 60))
+def test_no_evaluation_prompt_occurs_in_training(seed, n, n_eval):
+    """Prompts are valid, all different, and follow from the seed and the purpose alone."""
+    names = ["sort", "rotate"]
+    world, again = (srlm.LetterWorld(names, n_eval=n_eval, seed=seed) for _ in range(2))
+    again.prompts(5, "other")
+    assert world.eval_prompts == again.eval_prompts and len(set(world.eval_prompts)) == n_eval
+    demonstrations = world.demonstrations(n)
+    assert demonstrations == again.demonstrations(n) and len(demonstrations) == n
+    for found in (world.prompts(n, "stage 2"), [prompt for prompt, _ in demonstrations]):
+        assert len(set(found)) == n and not set(found) & set(world.eval_prompts)
+        assert all(world.is_valid(prompt) for prompt in found)
+    if n > 3:
+        assert world.prompts(n, "stage 2") != world.prompts(n, "stage 3")
+        assert world.prompts(n, "a") != srlm.LetterWorld(names, n_eval=n_eval, seed=seed + 1).prompts(n, "a")
+
+
+def test_a_world_ends_somewhere():
+    words = sum(math.perm(8, size) for size in (4, 5, 6))
+    world = srlm.LetterWorld(["sort"], n_eval=1)
+    with pytest.raises(ValueError, match=f"{words} prompts.*{words - 1}"):
+        world.prompts(words, "all")
+    for wrong in (["dance"], []):
+        with pytest.raises(ValueError, match="instructions"):
+            srlm.LetterWorld(wrong)
+
+
+def test_judging_data_say_the_truth(tmp_path):
+    """Verdicts are true, prompts are not those of the evaluation, and a model wrote some answers."""
+    world = srlm.LetterWorld(["sort"], n_eval=6, seed=2)
+    model = Scripted(lambda asked: ["Sure: abcd.", "acb"])
+    rows = world.judgements(60, model, False)
+    assert len(rows) == 60 and not {row[0] for row in rows} & set(world.eval_prompts)
+    for prompt, response, verdict in rows:
+        assert verdict == f"{''.join(map(str, graded(prompt, response)))} = {sum(graded(prompt, response))}"
+    assert {"Sure: abcd.", "acb"} <= {row[1] for row in rows} and len({row[1] for row in rows}) > 20
+    assert rows == world.judgements(60, model, False)
+    judged = world.to_judge(model)
+    assert [row[0] for row in judged] == [prompt for prompt in world.eval_prompts for _ in range(5)]
+    assert all(sum(graded(*row[:2])) == row[2] for row in judged)
+
+
+# ================================================================================================
+# 9. Evaluation
+# ================================================================================================
+
+
+def ranks(row):
+    """Average ranks: how many are smaller, and half of the others that are equal."""
+    return [sum(y < x for y in row) + (sum(y == x for y in row) - 1) / 2 for x in row]
+
+
+def mean(values):
+    return sum(values) / len(values) if values else None
+
+
+def correlation(a, b):
+    a, b = ([x - mean(row) for x in row] for row in (a, b))
+    norm = math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+    return sum(x * y for x, y in zip(a, b)) / norm if norm else None
+
+
+def tau_b(a, b):
+    """(concordant - discordant) / sqrt((pairs not tied in a) (pairs not tied in b))."""
+    agree, in_a, in_b = 0, 0, 0
+    for i, j in itertools.combinations(range(len(a)), 2):
+        x, y = ((row[i] > row[j]) - (row[i] < row[j]) for row in (a, b))  # NaN: neither
+        agree, in_a, in_b = agree + x * y, in_a + abs(x), in_b + abs(y)
+    return agree / math.sqrt(in_a * in_b) if in_a * in_b else None
+
+
+def hits(a, b):
+    """The share of the pairs that differ in a and have the same order in b, a tie being half."""
+    return [(1 if (b[i] > b[j]) == (a[i] > a[j]) else 0) if b[i] > b[j] or b[i] < b[j] else 0.5
+            for i, j in itertools.combinations(range(len(a)), 2) if a[i] != a[j]]
+
+
+@given(SEEDS, st.integers(1, 5), st.integers(2, 6), st.booleans())
+def test_judging_metrics_are_what_the_loops_say(seed, prompts, n, silent):
+    """Means over the prompts where they are defined; the pairs of all prompts count alike."""
+    rng = np.random.default_rng(seed)
+    truth = rng.integers(0, 4, size=(prompts, n)).astype(float)
+    judged = rng.integers(0, 9, size=(prompts, n)) / 2
+    judged[rng.random(judged.shape) < 0.3 * silent] = NAN
+    found, rows = srlm.judging_metrics(truth, judged), list(zip(truth.tolist(), judged.tolist()))
+
+    def expect(key, value):
+        assert (found[key] is None) == (value is None)
+        close(found[key] or 0, value or 0)
+
+    expect("judge_pairwise", mean([hit for row in rows for hit in hits(*row)]))
+    expect("judge_kendall", mean([x for row in rows if (x := tau_b(*row)) is not None]))
+    expect("judge_exact", mean([float(y == y and round(y) == x) for row in rows for x, y in zip(*row)]))
+    best = [max(range(n), key=lambda i: -1 if b[i] != b[i] else b[i]) for _, b in rows]
+    expect("judge_best5", mean([float(a[i] == max(a)) for (a, _), i in zip(rows, best)]))
+    if not silent:
+        spearman = [correlation(ranks(a), ranks(b)) for a, b in rows]
+        expect("judge_spearman", mean([x for x in spearman if x is not None]))
+
+
+def test_judging_metrics_by_hand():
+    truth = np.array([[0.0, 1, 2, 3, 5]])
+    keys = ["judge_pairwise", "judge_best5", "judge_exact", "judge_spearman", "judge_kendall"]
+    for judged, expected in ((truth, [1, 1, 1, 1, 1]), (truth / 2, [1, 1, 0.2, 1, 1]),
+                             (5 - truth, [0, 0, 0, -1, -1]), (truth * NAN, [0.5, 0, 0, None, None]),
+                             (truth * 0, [0.5, 0, 0.2, None, None])):
+        found = srlm.judging_metrics(truth, judged)
+        assert list(found) == keys
+        assert [x if x is None else round(x, 9) for x in found.values()] == expected
+    assert srlm.judging_metrics(truth * 0, truth)["judge_pairwise"] is None
+
+
+@given(SEEDS)
+def test_head_to_head_counts_both_ways(seed):
+    one, two = np.random.default_rng(seed).integers(0, 3, size=(2, 4, 5))
+    there, back = srlm.head_to_head(one, two), srlm.head_to_head(two.tolist(), one.tolist())
+    pairs = list(zip(one.flatten(), two.flatten()))
+    close([there[key] for key in ("win", "tie", "lose")],
+          [mean([float(f(a, b)) for a, b in pairs]) for f in (np.greater, np.equal, np.less)])
+    assert (there["win"], there["tie"], there["lose"]) == (back["lose"], back["tie"], back["win"])
+
+
+# ================================================================================================
+# 10. Command line
+# ================================================================================================
+
+HERE, SCRIPT = Path(__file__).parent, Path(srlm.__file__)
+
+
+def shell(*argv, cwd):
+    return subprocess.run([sys.executable, SCRIPT, *map(str, argv)], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """One quick run: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("quick")
+    done = shell("--quick", "--checkpoints", folder, cwd=folder.parent)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+KEYS = ("stage kind model seconds loss oracle_score oracle_greedy perfect_rate self_score win tie lose "
+        "judge_pairwise judge_best5 judge_exact judge_spearman judge_kendall").split()
+
+
+def test_a_quick_run_leaves_its_models_and_metrics(quick):
+    folder, _ = quick
+    kinds = ["sft", "sft", "self-reward", "self-reward"]
+    assert sorted(os.listdir(folder)) == [f"{i}.{kind}.pt" for i, kind in enumerate(kinds)] + ["metrics.jsonl"]
+    first, *lines = metrics(folder)
+    assert first["model"] == "demonstrations" and abs(first["oracle_score"] - 3.03) < 0.2
+    assert [(line["stage"], line["model"], line["kind"]) for line in lines] == [
+        (i, f"M{i}", kind) for i, kind in enumerate(kinds)]
+    for i, line in enumerate(lines):
+        assert set(KEYS) <= set(line) and ({"pairs", "unparsed", "tied"} <= set(line)) == (i > 1)
+        assert line["judge_pairwise"] is None if i == 0 else 0 <= line["judge_pairwise"] <= 1
+        assert line["win"] is None if i == 0 else abs(line["win"] + line["tie"] + line["lose"] - 1) < 1e-9
+        assert 0 <= line["oracle_score"] <= 5 and line["seconds"] > 0 and math.isfinite(line["loss"])
+
+
+def test_self_reward_beats_the_demonstrations_and_imitation(quick):
+    demonstrations, m0, m1, m2, m3 = metrics(quick[0])
+    for key in ("oracle_score", "oracle_greedy"):
+        assert m2[key] > m1[key] + 0.3
+    assert m2["win"] > m2["lose"] and m3["oracle_score"] > demonstrations["oracle_score"] > m1["oracle_score"]
+    assert m1["judge_pairwise"] > 0.6
+
+
+def test_the_table_shows_the_metrics(quick):
+    folder, printed = quick
+    for line in metrics(folder):
+        row = re.search(rf"^{line['model']} .*$", printed, re.MULTILINE)[0].split()
+        assert row[1] == f"{line['oracle_score']:.2f}"
+        if line["model"] != "demonstrations":
+            assert row[2:5] == [f"{line['oracle_greedy']:.2f}", f"{line['perfect_rate']:.0%}",
+                                "-" if line["self_score"] is None else f"{line['self_score']:.2f}"]
+    heading = next(line for line in printed.splitlines() if "judge" in line and "seconds" in line)
+    assert re.split(r"\s{2,}", heading.strip())[:4] == ["true score", "greedy", "perfect", "self-score"]
+    win = float(re.search(r"M3 against M1: win (\d+)%", printed)[1])
+    assert win > 50 and f"ask {folder}{os.sep}3.self-reward.pt" in printed
+
+
+def test_ask_answers_scores_and_tells_the_truth(quick, capsys, monkeypatch):
+    path = str(quick[0] / "3.self-reward.pt")
+    srlm.main(["ask", path, "sort dbca"])
+    said = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    points = WORLD.points("sort dbca", said["answer"])
+    assert said["true score"] == f"{sum(points)} of 5: " + ", ".join(map("{} {}".format, WORLD.POINTS, points))
+    assert re.fullmatch(r"\d\.\d of 5|none", said["own score"])
+    srlm.main(["ask", path, "what else?"])
+    said = capsys.readouterr().out
+    assert "answer" in said and "own score" in said and "true score" not in said
+    lines = iter(["sort ab", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    srlm.main(["ask", path])
+    assert capsys.readouterr().out.count("true score") == 1
+
+
+def test_a_resumed_run_ends_in_the_same_numbers(quick, tmp_path):
+    """The last stage once more, from the checkpoints of the others."""
+    for name in ("0.sft.pt", "1.sft.pt", "2.self-reward.pt"):
+        shutil.copy(quick[0] / name, tmp_path)
+    done = shell("--quick", "--resume", "--checkpoints", tmp_path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert timeless(metrics(tmp_path)) == timeless(metrics(quick[0]))
+    one, two = (srlm.load_checkpoint(folder / "3.self-reward.pt")["model"] for folder in (quick[0], tmp_path))
+    same(one, two)
+
+
+def refused(capsys, *argv):
+    """The one line on standard error with which the command line ends in exit code 2."""
+    with pytest.raises(SystemExit) as end:
+        srlm.main([str(word) for word in argv])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and len(error.splitlines()) == 1 and "Traceback" not in error
+    return error
+
+
+def test_mistakes_end_in_one_line_and_exit_code_2(quick, capsys, tmp_path):
+    folder, _ = quick
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    done = shell("--quick", "--checkpoints", folder, cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
+    assert re.search(r"0\.sft\.pt exists; .*resume.*overwrite", done.stderr)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert "none of sft" in refused(capsys, "--stages", "sft,dance")
+    assert "begin with sft" in refused(capsys, "--stages", "self")
+    assert "dance" in refused(capsys, "--instructions", "dance")
+    assert "mine.jsonl" in refused(capsys, "--stages", "sft", "--sft", tmp_path / "mine.jsonl")
+    assert "needs --judged" in refused(capsys, "--sft", "x", "--stages", "sft,self")
+    assert "--sft" in refused(capsys, "--judged", "x")
+    assert "external" in refused(capsys, "--sft", "x", "--judged", "y", "--stages", "sft,external")
+    assert "missing.pt" in refused(capsys, "ask", tmp_path / "missing.pt", "sort ab")
+    (tmp_path / "bad.pt").write_bytes(before["0.sft.pt"][:999])
+    assert "bad.pt" in refused(capsys, "ask", tmp_path / "bad.pt", "sort ab")
+    assert "max_seq_len" in refused(capsys, "ask", folder / "0.sft.pt", "sort ab" * 99)
+    (tmp_path / "file").write_text("")
+    assert "cannot write" in refused(capsys, *SHORT, "--checkpoints", tmp_path / "file" / "x")
+
+
+SHORT = ("--base-steps 1 --sft-steps 1 --dpo-steps 1 --demonstrations 40 --judgements 8 --stage-prompts 4 "
+         "--eval-prompts 3").split()
+
+
+def test_every_option_is_documented_and_has_a_type(capsys):
+    with pytest.raises(SystemExit):
+        srlm.main(["--help"])
+    shown = capsys.readouterr().out
+    for option in dataclasses.fields(srlm.Options):
+        assert "--" + option.name.replace("_", "-") in shown
+    options = srlm.Options.parse(["--quick", "--seed", "7", "--dpo-steps", "3", "--replay-weight", "0.5"])
+    assert (options.quick, options.seed, options.dpo_steps, options.replay_weight) == (True, 7, 3, 0.5)
+    assert options.sft_steps < srlm.Options.parse([]).sft_steps
+
+
+def test_spin_and_external_stages_run_from_the_command_line(capsys, tmp_path):
+    lines = srlm.main([*SHORT, "--stages", "sft,spin,external", "--checkpoints", str(tmp_path),
+                       "--instructions", "sort,copy", "--base-steps", "50", "--demonstrations", "99"])
+    assert [line.get("kind") for line in lines] == [None, "sft", "sft", "spin", "external-reward"]
+    assert json.loads(json.dumps(lines)) == metrics(tmp_path)
+    assert "M3" in capsys.readouterr().out
+
+
+def test_ones_own_data_take_the_place_of_the_world(capsys, tmp_path):
+    """Demonstrations, judgements and prompts from files; no oracle, so no true score. A model that
+    was hardly trained gives no score, which is an error that counts and quotes."""
+    letters = ["".join(word) for word in itertools.permutations("abcd")]
+    files = {"sft": [{"prompt": f"say {word}", "response": word} for word in letters],
+             "judged": [{"prompt": f"say {word}", "response": word[:n], "score": n} for word in letters
+                        for n in range(1, 4)],
+             "prompts": [{"prompt": f"say {word}{word}"} for word in letters]}
+    argv = [*SHORT, "--checkpoints", str(tmp_path / "run"), "--max-seq-len", "64"]
+    for name, rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+        argv += [f"--{name}", str(tmp_path / f"{name}.jsonl")]
+    lines = srlm.main([*argv, "--stages", "sft,spin"])
+    assert [line.get("kind") for line in lines] == [None, "sft", "sft", "spin"]
+    assert lines[-1]["oracle_score"] is None and lines[-1]["held_out_loss"] > 0
+    assert "no preference pair" in refused(capsys, *argv, "--resume", "--stages", "sft,self")
+    assert "max-seq-len is 20" in refused(capsys, *argv, "--max-seq-len", 20, "--overwrite")
+
+
+def test_read_jsonl_returns_the_fields_in_order(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"score": 4.5, "prompt": "ä", "response": "b"}\n\n{"prompt":"c","response":"d","score":0}')
+    assert srlm.read_jsonl(path, ["prompt", "response", "score"]) == [("ä", "b", 4.5), ("c", "d", 0)]
+
+
+@pytest.mark.parametrize("line, complaint", [
+    ("{", "line 2: .*Expecting"), ("[1]", "line 2: not an object"), ('{"prompt": "a"}', "line 2: no field 'score'"),
+    ('{"prompt": "a", "score": 1, "x": 1}', "line 2: unknown field 'x'"),
+    ('{"prompt": 3, "score": 1}', "line 2: prompt is 3"), ('{"prompt": " ", "score": 1}', "line 2: prompt is ' '"),
+    ('{"prompt": "a", "score": 6}', "line 2: score is 6"), ('{"prompt": "a", "score": -1}', "line 2: score is -1"),
+    ('{"prompt": "a", "score": "1"}', "line 2: score is '1'"), ('{"prompt": "a", "score": true}', "score is True"),
+    ('{"prompt": "a", "score": NaN}', "line 2: score is nan")])
+def test_read_jsonl_names_file_line_and_reason(line, complaint, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "score": 1}\n' + line + "\n")
+    with pytest.raises(ValueError, match="rows.jsonl.*" + complaint):
+        srlm.read_jsonl(path, ["prompt", "score"])
+
+
+def test_read_jsonl_needs_a_readable_file_with_examples(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xff"}')
+    for name in ("empty.jsonl", "latin.jsonl", "missing.jsonl"):
+        with pytest.raises(ValueError, match=name):
+            srlm.read_jsonl(tmp_path / name, ["prompt"])
+
+
+# The README
+
+
+def test_the_readme_blocks_run(tmp_path, monkeypatch):
+    """Each in a namespace of its own, in order, in an empty folder."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (HERE / "README.md").read_text(encoding="utf-8"),
+                        re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 4
+    monkeypatch.chdir(tmp_path)
+    for i, block in enumerate(blocks):
+        exec(compile(block, f"README.md, python block {i + 1}", "exec"), {"__name__": "__main__"})
