@@ -117,7 +117,8 @@ class Block(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.attention_norm, self.mlp_norm = nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.attention_norm = nn.LayerNorm(dim, bias=False)
+        self.mlp_norm = nn.LayerNorm(dim, bias=False)
         self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.to_out = nn.Linear(dim, dim, bias=False)
         self.up = nn.Linear(dim, 4 * dim, bias=False)
@@ -151,7 +152,7 @@ class Transformer(nn.Module):
         self.config, self.max_seq_len = config, config.max_seq_len
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config.dim, config.heads) for _ in range(config.depth))
-        self.norm = nn.RMSNorm(config.dim)
+        self.norm = nn.LayerNorm(config.dim, bias=False)
         self.to_logits = nn.Linear(config.dim, config.vocab_size, bias=False)
         for name, weight in self.named_parameters():
             if weight.ndim == 2:  # the gains of the norms stay at one
@@ -1000,7 +1001,7 @@ def fit(model: nn.Module, terms: Sequence[Term], config: _StageConfig, *, seed: 
     """
     generator = torch.Generator().manual_seed(seed)
     draws = [_batches(term.size, config.batch_size, generator) for term in terms]
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98),
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), fused=True,
                                   weight_decay=config.weight_decay)
     best, best_weights, since_best, losses = -math.inf, None, 0, deque(maxlen=20)
     model.train()
@@ -1376,13 +1377,13 @@ class Options:
     instructions: str = _option("sort", f"what LetterWorld asks for, of {','.join(INSTRUCTIONS)}")
     replay_weight: float = _option(4.0, "how much later stages rehearse judging; 0: they forget")
     tidy: bool = _option(False, "judging data without nonsense: a judge that can be fooled")
-    base_steps: int = _option(400, "updates for M0", 120)
-    sft_steps: int = _option(1200, "updates for M1", 200)
-    dpo_steps: int = _option(200, "updates for each later stage", 40)
+    base_steps: int = _option(300, "updates for M0", 80)
+    sft_steps: int = _option(1200, "updates for M1", 150)
+    dpo_steps: int = _option(200, "updates for each later stage", 30)
     demonstrations: int = _option(3200, "size of LetterWorld's IFT data", 1600)
-    judgements: int = _option(12000, "size of LetterWorld's EFT data", 2000)
-    stage_prompts: int = _option(800, "prompts for each later stage", 96)
-    eval_prompts: int = _option(200, "held-out prompts to measure on", 60)
+    judgements: int = _option(12000, "size of LetterWorld's EFT data", 1500)
+    stage_prompts: int = _option(800, "prompts for each later stage", 64)
+    eval_prompts: int = _option(200, "held-out prompts to measure on", 40)
     max_seq_len: int = _option(256, "longest text, in bytes, that the model takes")
 
     def __post_init__(self):

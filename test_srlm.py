@@ -517,7 +517,8 @@ def test_probabilities_of_all_responses_sum_to_one(seed, length, prompt_len, pad
 def test_log_probability_of_a_concatenation_is_the_sum(batch, seed):
     """log p(ab | x) = log p(a | x) + log p(b | xa)."""
     rows, lens, model = batch
-    cuts = [int(np.random.default_rng(seed).integers(n, len(row) + 1)) for row, n in zip(rows, lens)]
+    rng = np.random.default_rng(seed)
+    cuts = [int(rng.integers(max(n, 2), len(row) + 1)) for row, n in zip(rows, lens)]
     whole = srlm.sequence_logprobs(model, pad(rows, -1), torch.tensor(lens), -1)
     first = srlm.sequence_logprobs(model, pad([row[:c] for row, c in zip(rows, cuts)], -1),
                                    torch.tensor(lens), -1)
@@ -1223,7 +1224,8 @@ def test_the_same_seed_gives_the_same_bits(kinds, seed):
 
     one, two, other = once(seed), once(seed), once(seed + 1)
     same(one[1], two[1])
-    assert one[0] == two[0] and one[0] != other[0]
+    assert one[0] == two[0]
+    assert any(not torch.equal(mine, its) for mine, its in zip(one[1].values(), other[1].values()))
 
 
 # What each field of each kind of stage may be changed to: (fields of both runs, the change).
@@ -1722,7 +1724,7 @@ def test_the_stages_of_the_paper(tmp_path):
     records = trainer(tmp_path, recipe)()
     assert [(record["kind"], record["steps"]) for record in records] == [
         ("sft", 2), ("self-reward", 1), ("self-reward", 1)]
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match="one or more stage configs"):
         trainer(tmp_path, [])
 
 
@@ -2055,7 +2057,7 @@ def test_mistakes_end_in_one_line_and_exit_code_2(quick, capsys, tmp_path):
     assert "bad.pt" in refused(capsys, "ask", tmp_path / "bad.pt", "sort ab")
     assert "max_seq_len" in refused(capsys, "ask", folder / "0.sft.pt", "sort ab" * 99)
     (tmp_path / "file").write_text("")
-    assert "cannot write" in refused(capsys, *SHORT, "--checkpoints", tmp_path / "file" / "x")
+    assert "cannot make the folder" in refused(capsys, *SHORT, "--checkpoints", tmp_path / "file" / "x")
 
 
 SHORT = ("--base-steps 1 --sft-steps 1 --dpo-steps 1 --demonstrations 40 --judgements 8 --stage-prompts 4 "
