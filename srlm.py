@@ -25,8 +25,10 @@ D width of the model.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
+import datetime
 import functools
 import io
 import json
@@ -45,6 +47,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -59,7 +62,51 @@ def _require(condition: bool, complaint: str) -> None:
 
 def _bar(steps: Sequence, what: str) -> tqdm:
     """A progress bar for whatever takes longer than two seconds."""
-    return tqdm(steps, what, delay=2, leave=False, dynamic_ncols=True)
+    return tqdm(steps, what, delay=2, leave=False, dynamic_ncols=True, disable=_processes()[0] > 0)
+
+
+# Several processes, as torchrun starts them, share the work out by the four functions that follow.
+# In a process that is alone they do nothing, and may be skipped at a first reading.
+
+
+def _join_processes() -> None:
+    """Meets the other processes that torchrun has started, if it has."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from now on
+        dist.init_process_group(timeout=datetime.timedelta(days=1))  # gloo on CPU, nccl on CUDA
+        atexit.register(dist.destroy_process_group)
+
+
+def _processes() -> tuple[int, int]:
+    """(which process this is, of how many); process 0 is the main one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _on_main(work: Callable[[], Any]) -> Any:
+    """What work() returns, which the main process does, and tells the others."""
+    rank, n = _processes()
+    result = [work() if rank == 0 else None]
+    if n > 1:
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
+def _shared(work: Callable[[Any], Any], pieces: Sequence, what: str) -> list:
+    """[work(piece) for piece in pieces], of which each process does its share and gets the whole."""
+    rank, n = _processes()
+    shares = [[work(piece) for piece in _bar(pieces[rank::n], what)]]
+    if n > 1:
+        mine, shares = shares[0], [None] * n
+        dist.all_gather_object(shares, mine)
+    return [shares[i % n][i // n] for i in range(len(pieces))]
+
+
+def _sum(*tensors: Tensor) -> None:
+    """Puts in the place of each tensor its sum over the processes."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
 
 
 # ================================================================================================
@@ -651,8 +698,8 @@ def generate_preferences(
         if done * max_passes >= len(visits) and not pairs:
             break  # a whole pass was in vain
         enough = len(visits) if n_pairs is None else math.ceil((n_pairs - len(pairs)) / size)
-        some = _bar(visits[done : done + enough], "writing and judging")
-        for outcome in (outcome for where in some for outcome in visit(where)):
+        some = _shared(visit, visits[done : done + enough], "writing and judging")
+        for outcome in sum(some, []):
             counts[outcome if isinstance(outcome, str) else "pairs"] += 1
             pairs += [] if isinstance(outcome, str) else [outcome]
         done += enough
@@ -715,7 +762,7 @@ def load_pairs(path: str | Path) -> list[PreferencePair]:
 
 def _write(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all: under another name first, then renamed."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -769,7 +816,7 @@ def collate(items: Sequence[tuple[Tensor, int]], device: torch.device) -> tuple[
 
 def _data(dataset: Any, run: Run) -> Sequence:
     """A data set is a sequence, or a function of the model as it is when the stage begins."""
-    dataset = dataset(run.model) if callable(dataset) else dataset
+    dataset = _on_main(lambda: dataset(run.model)) if callable(dataset) else dataset
     _require(len(dataset) > 0, "the data set is empty")
     return dataset
 
@@ -807,7 +854,8 @@ def _preference_term(better: Sequence, worse: Sequence, loss_fn: Callable, run: 
 
     with _frozen(run.model):
         pieces = [range(len(better))[at : at + 64] for at in range(0, len(better), 64)]
-        ref = torch.cat([logprobs(piece) for piece in _bar(pieces, "reference")], dim=1)  # (2, n)
+        ref = _shared(lambda piece: logprobs(piece).cpu(), pieces, "reference")
+        ref = torch.cat(ref, dim=1).to(_device_of(run.model))  # (2, n)
 
     def loss(indices: list[int]) -> tuple[Tensor, Tensor]:
         losses, _, _ = loss_fn(*logprobs(indices), *ref[:, indices])
@@ -845,6 +893,8 @@ class _StageConfig:
                 _require(least <= value < math.inf, f"{here}, not {least} or more")
             if name in ("learning_rate", "max_grad_norm", "beta", "lam"):
                 _require(0 < value < math.inf, f"{here}, not above 0")
+            if name.endswith("_dataset") and value is not None and not callable(value):
+                _require(len(value) > 0, f"{type(self).__name__}: {name} is empty")
             if name == "eval_mode":
                 _require(value in ("max", "min"), f'{here}, neither "max" nor "min"')
 
@@ -893,10 +943,13 @@ class SelfPlayConfig(_WritingStageConfig):
 
     def terms(self, run: Run) -> tuple[list[Term], dict]:
         items = _items(self.train_dataset, run)
-        prompts, rows = [ids[:prompt_len] for ids, prompt_len in items], []
-        for at in _bar(range(0, len(items), 64), "writing"):
+        prompts = [ids[:prompt_len] for ids, prompt_len in items]
+
+        def write(at: int) -> list[Tensor]:
             with _seeded(run.seed, at):
-                rows += sample(run.model, prompts[at : at + 64], **self.sampling(run))
+                return sample(run.model, prompts[at : at + 64], **self.sampling(run))
+
+        rows = sum(_shared(write, range(0, len(items), 64), "writing"), [])
         own = [(torch.cat((prompt, row)), len(prompt)) for prompt, row in zip(prompts, rows)]
         loss_fn = functools.partial(spin_loss, lam=self.lam)
         return [_preference_term(items, own, loss_fn, run), *self.replay(run)], {}
@@ -924,7 +977,7 @@ class _RewardStageConfig(_WritingStageConfig):
             pick_pair=self.pick_pair, is_valid_pair=self.is_valid_reward_pair, text=run.text,
             replies=replies, **self.sampling(run))
         if self.pairs_file is not None:
-            save_pairs(self.pairs_file, pairs)
+            _on_main(lambda: save_pairs(self.pairs_file, pairs))
         better, worse = ([(torch.cat((pair.prompt, response)), len(pair.prompt)) for pair, response
                           in zip(pairs, side)] for side in list(zip(*pairs))[1:3])
         loss_fn = functools.partial(dpo_loss, beta=self.beta)
@@ -999,30 +1052,38 @@ def fit(model: nn.Module, terms: Sequence[Term], config: _StageConfig, *, seed: 
     evaluations in a row without a new best end the stage. save(step) is called at every
     checkpoint_every-th step. A loss that is not finite is a ValueError that names the step.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, (rank, n_processes) = torch.Generator().manual_seed(seed), _processes()
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
     draws = [_batches(term.size, config.batch_size, generator) for term in terms]
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), fused=True,
+    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.98), fused=True,
                                   weight_decay=config.weight_decay)
     best, best_weights, since_best, losses = -math.inf, None, 0, deque(maxlen=20)
     model.train()
     for step in _bar(range(1, config.steps + 1), f"training, {config.kind}"):
         schedule = min(step / max(1, config.warmup * config.steps), 1 - (step - 1) / config.steps)
         optimizer.param_groups[0]["lr"] = config.learning_rate * schedule
-        loss = torch.zeros((), device=_device_of(model))
+        loss = torch.zeros((), device=_device_of(model), requires_grad=True)
         for term, draw in zip(terms, draws):
-            total, count = term.loss(next(draw))
+            mine = next(draw)[rank::n_processes]
+            total, count = term.loss(mine) if mine else (0, 0)
+            count = torch.tensor(float(count))
+            _sum(count)  # of all processes, whose shares may be uneven
             loss = loss + term.weight * total / count
-        _require(bool(loss.isfinite()), f"step {step}: the loss is {loss.item()}")
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        value = torch.tensor(loss.item())
+        _sum(value, *(weight.grad for weight in weights))
+        _require(bool(value.isfinite()), f"step {step}: the loss is {value.item()}")
+        nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
         optimizer.step()
-        losses.append(loss.item())
+        losses.append(value.item())
         if config.checkpoint_every and step % config.checkpoint_every == 0:
             save(step)
         if config.eval_fn is not None and step % config.eval_every == 0:
             with _frozen(model):
-                value = float(config.eval_fn(model))
+                value = _on_main(lambda: float(config.eval_fn(model)))
             value, since_best = value if config.eval_mode == "max" else -value, since_best + 1
             if value > best:
                 best, since_best = value, 0
@@ -1058,10 +1119,16 @@ class SelfRewardingTrainer:
                  device: str | torch.device | None = None, settings: dict | None = None,
                  evaluate: Callable[[nn.Module], dict] = lambda model: {},
                  report: Callable[[dict], None] = lambda record: None):
+        _join_processes()
         stages, judges = finetune_configs, self_reward_prompt_config
         self.configs = paper_stages(**stages) if isinstance(stages, dict) else list(stages)
         _require(len(self.configs) > 0 and all(isinstance(c, _StageConfig) for c in self.configs),
                  f"finetune_configs: one or more stage configs, please, not {self.configs!r}")
+        limit = getattr(model, "max_seq_len", math.inf)
+        for stage, config in enumerate(self.configs):
+            for name in ("max_new_tokens", "max_judge_tokens"):
+                _require(getattr(config, name, 0) < limit, f"stage {stage} ({config.kind}): {name} "
+                         f"= {getattr(config, name, 0)} leaves no room, max_seq_len = {limit}")
         self.judges = judges if isinstance(judges, dict) else {"default": judges}
         self.text = TextFormat(tokenizer_encode, tokenizer_decode, chat_template, eos_id, pad_id)
         self.model = model if device is None else model.to(device)
@@ -1075,17 +1142,8 @@ class SelfRewardingTrainer:
     def __call__(self, *, overwrite_checkpoints: bool = False, resume: bool = False) -> list[dict]:
         """Runs the stages; returns a record of each: stage, kind, seconds, loss, steps, for a DPO
         stage also pairs, unparsed, tied and invalid, and what `evaluate` found."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"cannot make the folder {self.folder}: {error.strerror}") from error
-        self._clear()
-        for path in map(self.path, range(len(self.configs))):
-            _require(resume or overwrite_checkpoints or not path.exists(),
-                     f"{path} exists; resume goes on after it, overwrite replaces it")
-        records = self._resume() if resume else []
-        for record in records:
-            self.report(record)
+        records = _on_main(lambda: self._begin(overwrite_checkpoints, resume))
+        self.model.load_state_dict(_on_main(self.model.state_dict))  # the same bits everywhere
         for stage, config in list(enumerate(self.configs))[len(records) :]:
             began, seed = time.perf_counter(), _seed_of(self.seed, stage)
             save = lambda step: self._save(self.path(stage).with_suffix(f".step{step}.pt"), records)
@@ -1094,23 +1152,35 @@ class SelfRewardingTrainer:
                     terms, counts = config.terms(Run(self.model, self.text, self.judges, seed))
                     fitted = fit(self.model, terms, config, seed=seed, save=save)
                 with _seeded(self.seed), _frozen(self.model):
-                    found = self.evaluate(self.model)
+                    found = _on_main(lambda: self.evaluate(self.model))
             except ValueError as error:
                 raise ValueError(f"stage {stage} ({config.kind}): {error}") from error
             seconds = round(time.perf_counter() - began, 2)
             records.append(_plain({"stage": stage, "kind": config.kind, "seconds": seconds,
                                    **fitted, **counts, **found}))
             self._save(self.path(stage), records)
-            self.report(records[-1])
+            _on_main(lambda: self.report(records[-1]))
         return records
 
-    def _clear(self) -> None:
-        """SRLM_CLEAR_CHECKPOINTS=1 removes the checkpoints, and no other file, from the folder."""
+    def _begin(self, overwrite: bool, resume: bool) -> list[dict]:
+        """Prepares the folder; after a resume the model is that of the last finished stage, and the
+        records up to it are returned."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot make the folder {self.folder}: {error.strerror}") from error
         if os.environ.get("SRLM_CLEAR_CHECKPOINTS") == "1":
-            for path in self.folder.glob("*.pt"):
+            for path in self.folder.glob("*.pt"):  # checkpoints, and no other file
                 kinds = r"(sft|spin|self-reward|external-reward)"
                 if re.fullmatch(rf"\d+\.{kinds}(\.step\d+)?\.pt", path.name):
                     path.unlink()
+        for path in map(self.path, range(len(self.configs))):
+            _require(resume or overwrite or not path.exists(),
+                     f"{path} exists; resume goes on after it, overwrite replaces it")
+        records = self._resume() if resume else []
+        for record in records:
+            self.report(record)
+        return records
 
     def _settings(self) -> dict[str, Any]:
         """All plain values that the run depends on, to be compared when it is resumed."""
@@ -1126,7 +1196,7 @@ class SelfRewardingTrainer:
         shape = dataclasses.asdict(config) if isinstance(config, ModelConfig) else None
         torch.save({"format": "srlm 1", "model": self.model.state_dict(), "model_config": shape,
                     "records": records, "settings": self._settings()}, buffer := io.BytesIO())
-        _write(path, buffer.getvalue())
+        _on_main(lambda: _write(path, buffer.getvalue()))
 
     def _resume(self) -> list[dict]:
         """Loads the last whole checkpoint; returns the records up to it ([] without any)."""
@@ -1385,6 +1455,7 @@ class Options:
     stage_prompts: int = _option(800, "prompts for each later stage", 64)
     eval_prompts: int = _option(200, "held-out prompts to measure on", 40)
     max_seq_len: int = _option(256, "longest text, in bytes, that the model takes")
+    skip_long: bool = _option(False, "leave out, and count, what is longer in your files")
 
     def __post_init__(self):
         stages, own = self.stages.split(","), self.sft or self.judged or self.prompts
@@ -1446,12 +1517,17 @@ class OwnData:
 
     def __init__(self, options: Options):
         def read(path: str, *fields: str) -> tuple[list, list]:
-            rows = read_jsonl(path, fields) if path else []
-            for number, row in enumerate(rows, 1):
-                size = len(encode(LetterWorld.JUDGE.render(row[0], "".join(row[1:2])))) + 8
-                _require(size <= options.max_seq_len, f"{path}, example {number}: {size} bytes for "
-                         f"the judge, but --max-seq-len is {options.max_seq_len}")
-            return [row for i, row in enumerate(rows) if i % 10], rows[::10]
+            rows, limit = read_jsonl(path, fields) if path else [], options.max_seq_len
+            sizes = [len(encode(LetterWorld.JUDGE.render(row[0], "".join(row[1:2])))) + 8
+                     for row in rows]
+            for number, size in enumerate(sizes, 1):
+                _require(size <= limit or options.skip_long, f"{path}, example {number}: {size} "
+                         f"bytes for the judge, but --max-seq-len is {limit}; --skip-long skips it")
+            short = [row for row, size in zip(rows, sizes) if size <= limit]
+            if len(short) < len(rows):
+                warnings.warn(f"{path}: {len(rows) - len(short)} of {len(rows)} examples skipped, "
+                              f"being longer than {limit} bytes")
+            return [row for i, row in enumerate(short) if i % 10], short[::10]
 
         self.pairs, self.held_out = read(options.sft, "prompt", "response")
         self.judged, self.held_out_judged = read(options.judged, "prompt", "response", "score")
@@ -1589,15 +1665,18 @@ def train(options: Options) -> list[dict]:
         self_reward_prompt_config=LetterWorld.JUDGE, seed=options.seed, device=options.device,
         settings={key: value for key, value in vars(options).items() if key not in may_differ},
         evaluate=measure, report=report)
-    print(_LEGEND + "\n" + " " * 14 + "".join(f"  {heading:>4}" for heading in _COLUMNS))
-    print(_table_row(lines[0]), flush=True)
+    heading = " " * 14 + "".join(f"  {heading:>4}" for heading in _COLUMNS)
+    _on_main(lambda: print(_LEGEND, heading, _table_row(lines[0]), sep="\n", flush=True))
     trainer(overwrite_checkpoints=options.overwrite, resume=options.resume)
-    if world.score is not None:
-        shares = head_to_head(all_scores[-1], all_scores[1])
-        last = lines[-1]["model"]
-        print(f"\n{last} against M1: win {shares['win']:.0%}, lose {shares['lose']:.0%}")
-    print(f'\nask it: python srlm.py ask {trainer.path(len(configs) - 1)} "{prompts[0]}"')
-    return lines
+
+    def conclude() -> list[dict]:
+        if world.score is not None:
+            shares = head_to_head(all_scores[-1], all_scores[1])
+            last = lines[-1]["model"]
+            print(f"\n{last} against M1: win {shares['win']:.0%}, lose {shares['lose']:.0%}")
+        print(f'\nask it: python srlm.py ask {trainer.path(len(configs) - 1)} "{prompts[0]}"')
+        return lines
+    return _on_main(conclude)
 
 
 def ask(argv: Sequence[str]) -> None:

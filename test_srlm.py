@@ -31,7 +31,7 @@ test fail here:
 19 stages in any order      test_stages_run_in_any_order
 20 early stopping           test_early_stopping_follows_its_rule
 21 implicit direction       test_early_stopping_follows_its_rule, test_a_senseless_field_is_refused
-22, 23 several processes    not tested yet: srlm.py trains in one process only
+22, 23 several processes    test_several_processes_train_to_the_weights_of_one
 24 "every n steps"          test_every_n_steps_is_n_2n_3n
 25 logit filters            test_top_k, test_top_p, test_every_filter_can_be_sampled_from
 26 padding of prompts       test_greedy_equals_a_naive_loop
@@ -52,6 +52,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -536,11 +537,13 @@ def test_a_row_does_not_depend_on_the_rest_of_its_batch(batch, seed):
     close(moved, found[order])
 
 
-@given(batches(empty=True), st.sampled_from([-1, 4, 257]), st.integers(0, 2))
+@given(batches(empty=True), st.sampled_from([-1, 0, 4, 257]), st.integers(0, 2))
 def test_response_mask(batch, pad_id, extra):
+    """Padding is the run of pad_id at the end; inside, pad_id (0) is a token like any other."""
     rows, lens, _ = batch
     ids = pad(rows, pad_id, extra=extra)
-    expected = [[n <= t + 1 < len(row) for t in range(ids.shape[1] - 1)] for row, n in zip(rows, lens)]
+    ends = [max((t + 1 for t, token in enumerate(row) if token != pad_id), default=0) for row in rows]
+    expected = [[n <= t + 1 < end for t in range(ids.shape[1] - 1)] for end, n in zip(ends, lens)]
     assert srlm.response_mask(ids, torch.tensor(lens), pad_id).tolist() == expected
 
 
@@ -982,14 +985,19 @@ def test_items_are_prompt_response_and_eos():
             srlm.TextFormat(chat_template=template)
 
 
-@given(st.text(max_size=5), st.text(max_size=5), st.booleans())
+PAD_LIKE = st.text(alphabet=["a", *map(chr, (0, srlm.EOS, srlm.PAD))], max_size=5)
+
+
+@given(*[st.one_of(st.text(max_size=5), PAD_LIKE)] * 2, st.booleans())
 def test_prompt_and_response_make_up_the_item(prompt, response, template):
-    """For any text; and for any token, those included that look like EOS or padding."""
-    text = srlm.TextFormat(chat_template="{{ prompt }}" + "{}" * template)
-    ids, n = text.item(prompt, response)
-    same(ids[:n], text.prompt_ids(prompt))
-    assert srlm.decode(ids[:n]) == prompt + "{}" * template and text.text(ids[n:]) == response
-    assert ids[-1] == srlm.EOS
+    """For any text, and any token, those included that look like EOS or padding."""
+    by_character = (lambda text: [*map(ord, text)]), (lambda ids: "".join(map(chr, ids)))
+    for encode, decode in ((srlm.encode, srlm.decode), by_character):
+        text = srlm.TextFormat(encode, decode, "{{ prompt }}" + "{}" * template)
+        ids, n = text.item(prompt, response)
+        same(ids[:n], text.prompt_ids(prompt))
+        assert ids.tolist() == [*encode(prompt + "{}" * template + response), srlm.EOS]
+        assert n == len(encode(prompt + "{}" * template)) and text.text(ids[n:]) == response
 
 
 @given(SEEDS, st.integers(2, 5), st.sampled_from([None, 1, 3]), st.integers(1, 2))
@@ -1075,9 +1083,10 @@ def test_no_pair_at_all_is_an_error_in_bounded_time(value, complaint):
 
 def test_rewards_may_come_in_any_form():
     forms = [lambda x: x, torch.tensor, lambda x: torch.tensor(x)[:, None], np.array, tuple,
-             lambda x: torch.tensor(x, requires_grad=True), lambda x: [int(r) for r in x],
-             lambda x: torch.tensor(x).double()]
-    found = [write(reward_fn=lambda prompts, responses: form(ODD(prompts, responses)))[0] for form in forms]
+             lambda x: torch.tensor(x, requires_grad=True), lambda x: torch.tensor(x).double()]
+    some = lambda *texts: [NAN if i % 4 == 0 else r for i, r in enumerate(ODD(*texts))]
+    found = [write(reward_fn=lambda *texts: form(some(*texts)))[0] for form in forms]
+    assert write(reward_fn=lambda *texts: [int(r) for r in ODD(*texts)])[1] == write()[1]
     for pairs in found[1:]:
         for a, b in zip(pairs, found[0], strict=True):
             same(list(a), list(b))
@@ -1100,11 +1109,9 @@ def test_pairs_can_be_generated_twice(seed):
 
 def test_pairs_share_no_storage():
     pairs, _ = write()
-    before = copy.deepcopy([list(pair) for pair in pairs])
-    for ids in pairs[0][:3]:
-        ids.zero_()
-    pairs[0] = copy.deepcopy(before[0])
-    same([list(pair) for pair in pairs[1:]], before[1:])
+    rows = [ids for pair in pairs for ids in pair[:3]]
+    assert len({ids.untyped_storage().data_ptr() for ids in rows}) == len(rows) > 9
+    assert all(ids.untyped_storage().nbytes() == 8 * len(ids) for ids in rows)  # nor hold a batch
 
 
 def test_candidates_are_needed_to_compare():
@@ -2141,3 +2148,85 @@ def test_the_readme_blocks_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for i, block in enumerate(blocks):
         exec(compile(block, f"README.md, python block {i + 1}", "exec"), {"__name__": "__main__"})
+
+
+# ================================================================================================
+# Several processes
+# ================================================================================================
+
+RANK = int(os.environ.get("RANK", 0))  # which process this is, under torchrun
+MANY = {"sft": {}, "spin": dict(train_dataset=ITEMS * 20),
+        "self-reward": dict(prompt_dataset=WORDS * 30, replay_dataset=lambda model: ITEMS[RANK:]),
+        "external-reward": dict(prompt_dataset=WORDS * 30)}  # enough for each process to write some
+
+
+def train_every_kind(folder):
+    """What each of several processes does: leaves its records and weights in the folder."""
+    sizes = (torch.float64, 1), (torch.float64, 5), (torch.float32, 5)
+    for kind, (dtype, batch_size) in itertools.product(KINDS, sizes):
+        model, name = Tiny(seed=RANK).to(dtype), f"{kind} {dtype} {batch_size}"
+        at_work = stage(kind, batch_size=batch_size, **MANY[kind])
+        found = timeless(trainer(Path(folder, name), [at_work], model)())
+        torch.save((found, model.state_dict()), Path(folder, f"{name} {RANK}"))
+    looks = itertools.count()
+    stops = stage("sft", steps=9, eval_every=1, patience=2, eval_fn=lambda model: next(looks) * (RANK - 0.5))
+    found = trainer(Path(folder, "stops"), [stops], Tiny())()
+    Path(folder, f"looks {RANK}").write_text(f"{found[0]['steps']} {next(looks)}")
+
+
+def train_until_one_dies(folder):
+    def reward(prompts, responses):
+        if RANK == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return ODD(prompts, responses)
+    stages = [stage("sft"), stage("external-reward", **MANY["external-reward"] | {"reward_model": reward})]
+    trainer(folder, stages, Tiny())()
+
+
+def in_two_processes(what, folder):
+    """Exit code of torchrun, on this machine alone; whatever is left after two minutes is killed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(srlm.__file__).parent)}
+    process = subprocess.Popen([*command, __file__, what, folder], start_new_session=True, env=env)
+    try:
+        return process.wait(timeout=120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_several_processes_train_to_the_weights_of_one(tmp_path):
+    """Whatever the kind of stage, also where a batch has fewer items than there are processes; all
+    end with the same bits, begin with the main one's weights, and stop when it stops."""
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    alone.mkdir(), together.mkdir()
+    train_every_kind(alone)
+    assert in_two_processes("train_every_kind", together) == 0
+    for path in alone.glob("* 0"):
+        if path.name.startswith("looks"):
+            continue
+        records, one = torch.load(path)
+        for found, two in (torch.load(together / path.name), torch.load(together / (path.name[:-1] + "1"))):
+            tolerance = 1e-9 if "float64" in path.name else 1e-5
+            torch.testing.assert_close(two, one, atol=tolerance, rtol=tolerance)
+            same(two, torch.load(together / path.name)[1])
+            assert [{**record, "loss": 0} for record in found] == [{**record, "loss": 0} for record in records]
+            close(found[0]["loss"], records[0]["loss"], 1e-5)
+    assert (together / "looks 0").read_text() == "3 3" and (together / "looks 1").read_text() == "3 0"
+    assert not list(together.rglob("*.tmp"))
+
+
+def test_a_process_that_dies_ends_the_others_and_the_run_can_be_resumed(tmp_path):
+    began = time.monotonic()
+    assert in_two_processes("train_until_one_dies", tmp_path / "run") != 0
+    assert time.monotonic() - began < 90
+    assert os.listdir(tmp_path / "run") == ["0.sft.pt"]
+    model, other = Tiny(), Tiny()
+    stages = [stage("sft"), stage("external-reward", **MANY["external-reward"])]
+    trainer(tmp_path / "run", stages, model)(resume=True)
+    trainer(tmp_path / "undisturbed", stages, other)()
+    torch.testing.assert_close(weights(model), weights(other), atol=1e-5, rtol=1e-5)
+
+
+if __name__ == "__main__":  # under torchrun
+    globals()[sys.argv[1]](sys.argv[2])
