@@ -44,6 +44,7 @@ test fail here:
 import contextlib
 import copy
 import dataclasses
+import errno
 import gc
 import itertools
 import json
@@ -584,6 +585,8 @@ def test_sft_loss_is_the_mean_over_response_tokens(batch):
     n_tokens = sum(len(row) - max(n, 1) for row, n in zip(rows, lens))
     expected = -sum(logp(model, row, n) for row, n in zip(rows, lens)) / max(1, n_tokens)
     close(srlm.sft_loss(model, pad(rows, srlm.PAD, extra=1), torch.tensor(lens)), expected)
+    for row, n in ((rows[0], len(rows[0]) - 1), (rows[0], len(rows[0]))):  # one token, and none
+        close(srlm.sft_loss(model, row[None], torch.tensor([n])), -logp(model, row, n))
 
 
 @given(SEEDS)
@@ -729,9 +732,9 @@ def test_spin_begins_as_half_lambda_of_sft(seed, lam):
     data = torch.randn(9, generator=generator(seed)).double().softmax(0)
     spin = gradient(model, spin_population_loss(model, opponent, data, lam, 3, 2))
     sft = gradient(model, -(data * all_logprobs(model, 3, 2)).sum())
-    close(spin, lam / 2 * sft, 1e-14)
+    close(spin, lam / 2 * sft, 1e-12)
     at_data = spin_population_loss(model, opponent, opponent.exp(), lam, 3, 2)
-    close(gradient(model, at_data), torch.zeros_like(spin), 1e-14)
+    close(gradient(model, at_data), torch.zeros_like(spin), 1e-12)
 
 
 @given(SEEDS, st.sampled_from([1.0, 2.0]))
@@ -814,12 +817,12 @@ def test_a_number_alone_is_not_entered_in_its_middle():
                                       "a b {{ reward }} c d", "({{ reward }})"])
 @pytest.mark.parametrize("hostile", ["1", "1.", " ", "Score: ", "Score: 1", "a ", "a b 1 c", "-", "(1"])
 def test_hostile_replies_cost_no_time(template, hostile):
-    """100,000 characters in well under a second: no catastrophic backtracking."""
+    """100,000 characters in a moment: quadratic time would be minutes."""
     config = srlm.RewardConfig("{{ prompt }}{{ response }}", template)
     began = time.process_time()
     for reply in (hostile * (100_000 // len(hostile)), "a b" + hostile * (100_000 // len(hostile))):
         config.parse(reply + "!")
-    assert time.process_time() - began < 0.8
+    assert time.process_time() - began < 3
 
 
 @given(st.text(), st.text())
@@ -964,6 +967,7 @@ ENCODE = lambda text: [LETTERS.index(c) for c in text if c in LETTERS]
 DECODE = lambda ids: "".join(LETTERS[int(i)] for i in ids if i < 8)
 TEXT = srlm.TextFormat(ENCODE, DECODE, "g{{ prompt }}h", eos_id=8, pad_id=9)
 WORDS = ["a", "bc", "ad", "dab", "fga", "hh", "cab"]
+PHRASES = ["".join(word) for word in itertools.permutations("abcdf", 2)]
 ODD = lambda prompts, responses: [float(sum(map(ord, r)) % 5) for r in responses]  # a reward
 
 
@@ -1013,20 +1017,21 @@ def test_pairs_are_what_they_say(seed, n_candidates, n_pairs, max_passes):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pairs, counts = write(HashModel(9, seed % 1000), reward_fn=reward_fn, seed=seed,
-                              n_candidates=n_candidates, n_pairs=n_pairs, max_passes=max_passes)
+                              n_candidates=n_candidates, n_pairs=n_pairs, max_passes=max_passes,
+                              prompts=PHRASES)
     assert len(pairs) == counts["pairs"] and (n_pairs is None or len(pairs) <= n_pairs)
     assert set(counts) == {"pairs", "unparsed", "tied", "invalid"}
     visits = len(asked) // n_candidates
-    assert asked[: len(WORDS) * n_candidates] == [word for word in WORDS for _ in range(n_candidates)]
+    assert asked[: len(PHRASES) * n_candidates] == [word for word in PHRASES for _ in range(n_candidates)]
     if n_pairs is None:
-        assert sum(counts.values()) == visits == max_passes * len(WORDS)
+        assert sum(counts.values()) == visits == max_passes * len(PHRASES)
     for pair in pairs:
         assert pair.chosen_reward > pair.rejected_reward and not pair.chosen.equal(pair.rejected)
-        assert DECODE(pair.prompt)[1:-1] in WORDS
+        assert DECODE(pair.prompt)[1:-1] in PHRASES
         for ids, reward in ((pair.chosen, pair.chosen_reward), (pair.rejected, pair.rejected_reward)):
             assert 1 <= len(ids) <= 4 and ODD([""], [TEXT.text(ids)]) == [reward]
     if n_pairs is None and max_passes == 1:
-        order = [WORDS.index(DECODE(pair.prompt)[1:-1]) for pair in pairs]
+        order = [PHRASES.index(DECODE(pair.prompt)[1:-1]) for pair in pairs]
         assert order == sorted(set(order))
 
 
@@ -1290,6 +1295,20 @@ def test_a_senseless_field_is_refused(kind, field, value):
         stage(kind, **{field: value})
 
 
+def test_what_cannot_work_is_refused_before_any_work(tmp_path):
+    for kind in ("sft", "spin"):
+        with pytest.raises(ValueError, match="train_dataset is empty"):
+            stage(kind, train_dataset=[])
+    with pytest.raises(ValueError, match="prompt_dataset is empty"):
+        stage("self-reward", prompt_dataset=[])
+    model = Tiny()
+    model.max_seq_len = 20
+    for name in ("max_new_tokens", "max_judge_tokens"):
+        with pytest.raises(ValueError, match=rf"stage 1 \(self-reward\): {name} = 20 .*max_seq_len = 20"):
+            trainer(tmp_path / "run", [stage("sft"), stage("self-reward", **{name: 20})], model)
+    assert not (tmp_path / "run").exists()
+
+
 def test_configs_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         stage("sft").steps = 5
@@ -1335,13 +1354,13 @@ def one(model, prompt, response):
 def test_sft_follows_its_update_rule(steps, warmup, weight_decay, max_grad_norm):
     config = stage("sft", train_dataset=ITEMS[1:2], steps=steps, warmup=warmup, learning_rate=0.02,
                    weight_decay=weight_decay, max_grad_norm=max_grad_norm)
-    expected, model = Tiny(), Tiny()
+    expected, model = Tiny().double(), Tiny().double()
     ids, n = ITEMS[1]
     loss = by_hand(expected, lambda: srlm.sft_loss(expected, ids[None], torch.tensor([n])), config)
     records, *_ = run([config], model)
     close(records[0]["loss"], loss, 1e-5)
     for a, b in zip(model.parameters(), expected.parameters()):
-        close(a, b, 1e-4)
+        close(a, b, 1e-7)
 
 
 @pytest.mark.parametrize("kind", ["spin", "external-reward", "self-reward"])
@@ -1349,8 +1368,8 @@ def test_the_reference_is_the_model_as_the_stage_begins(kind, tmp_path):
     """Against a copy of the model kept by hand, with a single pair: the same weights after 25
     updates, even where the pad id is the last token of the answer. All that is asked of the model
     without gradients, answers and references, is asked before the first update."""
-    model, prompt = Watched(), TEXT.prompt_ids("bc")
-    begin, opponent, how = weights(model), Tiny(), dict(steps=25, batch_size=1, learning_rate=0.05)
+    model, prompt = Watched().double(), TEXT.prompt_ids("bc")
+    begin, opponent, how = weights(model), Tiny().double(), dict(steps=25, batch_size=1, learning_rate=0.05)
     ids = torch.cat((prompt, torch.tensor([3, 1, 0])))
     if kind == "spin":
         worse = srlm.sample(opponent, [prompt], max_new_tokens=4, temperature=0, eos_id=None)[0]
@@ -1364,14 +1383,14 @@ def test_the_reference_is_the_model_as_the_stage_begins(kind, tmp_path):
     records, *_ = run([config], model, pad_id=pad_id, eos_id=None)
     if kind != "spin":
         prompt, better, worse, *_ = srlm.load_pairs(tmp_path / "pairs.npz")[0]
-    loss_fn, expected = srlm.spin_loss if kind == "spin" else srlm.dpo_loss, Tiny()
+    loss_fn, expected = srlm.spin_loss if kind == "spin" else srlm.dpo_loss, Tiny().double()
     reference = [one(opponent, prompt, side).detach() for side in (better, worse)]
     loss = by_hand(expected, lambda: loss_fn(one(expected, prompt, better), one(expected, prompt, worse),
                                              *reference, **coefficient)[0].mean(), config)
-    close(records[0]["loss"], loss, 1e-4)
+    close(records[0]["loss"], loss, 1e-5)
     assert loss < 0.6
     for a, b in zip(model.parameters(), expected.parameters()):
-        close(a, b, 1e-3)
+        close(a, b, 1e-7)
     assert len(model.asked) >= 2
     for asked in model.asked:
         same(asked, begin)
@@ -1552,6 +1571,41 @@ def test_a_run_that_was_cut_off_resumes_to_the_same_bits(kinds, cut, seed):
     same(weights(model), expected[1])
 
 
+@settings(max_examples=6)
+@given(st.lists(st.floats(0, 0.6), min_size=1, max_size=3), SEEDS)
+def test_a_run_that_was_killed_again_and_again_ends_in_the_same_bits(delays, seed):
+    """SIGKILL at any moment. Each of the runs goes on where the one before left off."""
+    stages = [stage(kind, steps=6) for kind in KINDS]
+    expected = run(stages, seed=seed)
+    with tempfile.TemporaryDirectory() as folder:
+        for delay in delays:
+            if (pid := os.fork()) == 0:
+                try:
+                    trainer(folder, stages, seed=seed)(resume=True)
+                finally:
+                    os._exit(0)
+            time.sleep(delay)
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        for path in Path(folder).glob("*.pt"):
+            srlm.load_checkpoint(path)
+        records = trainer(folder, stages, model := Tiny(), seed=seed)(resume=True)
+    assert timeless(records) == expected[0]
+    same(weights(model), expected[1])
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_older_files_whole(tmp_path, monkeypatch):
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    trainer(tmp_path, [stage("sft")])()
+    before = (tmp_path / "0.sft.pt").read_bytes()
+    monkeypatch.setattr(os, "fsync", full)
+    for stages, how in (([stage("sft"), stage("spin")], "resume"), ([stage("sft")], "overwrite_checkpoints")):
+        with pytest.raises(ValueError, match=r"cannot write .*\.pt: No space left on device"):
+            trainer(tmp_path, stages)(**{how: True})
+        assert os.listdir(tmp_path) == ["0.sft.pt"] and (tmp_path / "0.sft.pt").read_bytes() == before
+
+
 def test_checkpoints_are_never_overwritten_unasked(tmp_path):
     trainer(tmp_path, [stage("sft"), stage("spin")])()
     (tmp_path / "0.sft.pt").unlink()
@@ -1715,7 +1769,7 @@ def test_a_data_set_may_be_a_function_of_the_model():
 
 
 @pytest.mark.parametrize("items, complaint", [
-    ([], "empty"), ([ITEMS[0], (torch.tensor([1, 2]), 2)], "item 1: 2 tokens.*2"),
+    (lambda model: [], "empty"), ([ITEMS[0], (torch.tensor([1, 2]), 2)], "item 1: 2 tokens.*2"),
     ([(torch.tensor([1] * 31), 2)], "item 0: 31 tokens.*30"), ([([9, 9], 0)], "item 0: 0 tokens")])
 def test_training_items_without_a_response_or_too_long_are_refused(items, complaint, tmp_path):
     model = srlm.Transformer(srlm.ModelConfig(9, 8, 1, 1, 30), generator(0))
@@ -2107,6 +2161,23 @@ def test_ones_own_data_take_the_place_of_the_world(capsys, tmp_path):
     assert lines[-1]["oracle_score"] is None and lines[-1]["held_out_loss"] > 0
     assert "no preference pair" in refused(capsys, *argv, "--resume", "--stages", "sft,self")
     assert "max-seq-len is 20" in refused(capsys, *argv, "--max-seq-len", 20, "--overwrite")
+    with open(tmp_path / "sft.jsonl", "a") as file:
+        file.write(json.dumps({"prompt": "say " + "a" * 99, "response": "no"}))
+    assert re.search(r"example 25: 1\d\d bytes .* is 64", refused(capsys, *argv, "--overwrite"))
+    srlm.main([*argv, "--overwrite", "--skip-long", "--stages", "sft"])
+    assert "1 of 25 examples skipped" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_at_once_with_one_line_that_says_how_to_resume(tmp_path):
+    process = subprocess.Popen([sys.executable, SCRIPT, "--quick", "--checkpoints", "run"], cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not process.stdout.readline().startswith("demonstrations"):
+        pass
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert process.returncode == 130 and time.monotonic() - began < 5
+    assert "Traceback" not in error and "--resume goes on" in error.splitlines()[-1]
 
 
 def test_read_jsonl_returns_the_fields_in_order(tmp_path):
