@@ -159,7 +159,10 @@ class ModelConfig:
 
 
 class Block(nn.Module):
-    """Attention, then an MLP, each reading a normalised copy of the stream x and adding to it."""
+    """Attention, then an MLP, each reading a normalised copy of the stream x and adding to it.
+
+    In production: RMSNorm, a gated MLP, keys shared by several queries. The contract is the same.
+    """
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -435,6 +438,8 @@ def spin_loss(policy_real: Tensor, policy_generated: Tensor, opponent_real: Tens
 # ================================================================================================
 # A judge is a model that is shown a prompt and a response and replies with a verdict in words, from
 # which a score is read. Templates hold {{ variables }}; any other brace is an ordinary character.
+# A model is a better judge than writer wherever to check is easier than to do; on this difference
+# the whole loop lives, and it ends when the difference does.
 
 _VARIABLE = re.compile(r"\{\{\s*([^{}]*?)\s*\}\}")
 _NUMBER = r"([+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+))"
@@ -784,7 +789,10 @@ def _write(path: Path, data: bytes) -> None:
 #     spin             spin_loss of demonstrations against the model's own answers     [+ replay]
 #     self-reward      dpo_loss of pairs that the model wrote and graded               [+ replay]
 #     external-reward  dpo_loss of pairs that the model wrote and somebody graded      [+ replay]
-# Replay is the sft_loss of what must not be forgotten. One loop, `fit`, minimises any such sum.
+# Replay is the sft_loss of what must not be forgotten: to train on answers alone moves the weights
+# that judge as well, and a model of this size soon loses its judgement, and with it its reward.
+# One loop, `fit`, minimises any such sum. In production: weights and optimiser in many shards,
+# gradients accumulated over several batches, bfloat16, and a look at the pairs by a person.
 
 
 class Term(NamedTuple):
@@ -888,15 +896,15 @@ class _StageConfig:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            here, least = f"{type(self).__name__}: {name} = {value!r}", _AT_LEAST.get(name)
+            here, least = f"{type(self).__name__}: {name}", _AT_LEAST.get(name)
             if least is not None and value is not None:
-                _require(least <= value < math.inf, f"{here}, not {least} or more")
+                _require(least <= value < math.inf, f"{here} = {value!r}, not {least} or more")
             if name in ("learning_rate", "max_grad_norm", "beta", "lam"):
-                _require(0 < value < math.inf, f"{here}, not above 0")
+                _require(0 < value < math.inf, f"{here} = {value!r}, not above 0")
             if name.endswith("_dataset") and value is not None and not callable(value):
-                _require(len(value) > 0, f"{type(self).__name__}: {name} is empty")
+                _require(len(value) > 0, f"{here} is empty")
             if name == "eval_mode":
-                _require(value in ("max", "min"), f'{here}, neither "max" nor "min"')
+                _require(value in ("max", "min"), f'{here} = {value!r}, neither "max" nor "min"')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -939,7 +947,7 @@ class SelfPlayConfig(_WritingStageConfig):
 
     kind: ClassVar[str] = "spin"
     train_dataset: Any  # items (ids, prompt_len), or a function of the model that returns them
-    lam: float = 0.1  # lambda of [3]: 0.1, in its last round 5
+    lam: float = 0.1  # lambda of [3]: 0.1, in its last round 5; below 1 it overshoots in the end
 
     def terms(self, run: Run) -> tuple[list[Term], dict]:
         items = _items(self.train_dataset, run)
@@ -1247,6 +1255,10 @@ def load_model(path: str | Path) -> Transformer:
 # Whether answers get better, people or a larger model must say in real life. Here a program knows:
 # instructions about a few letters, and a rubric of five points. It makes the seed data, as the
 # annotators of [1] did, and it measures. It never speaks to a self-reward stage.
+#
+# The loop needs three things of a world, and this one has them: a demonstrator who is mediocre, so
+# that there is something to gain; variety in what a model of him writes, so that the best of four
+# answers beats their mean; and a rubric that a small model can learn to apply.
 
 INSTRUCTIONS: dict[str, Callable[[str], str]] = {
     "sort": lambda letters: "".join(sorted(letters)),
@@ -1389,6 +1401,8 @@ class LetterWorld:
 # ================================================================================================
 # 9. Evaluation
 # ================================================================================================
+# Two axes: how well a model writes, and how well it judges. Watch a third number, the distance of
+# the score that it gives itself from the true one: where it grows, the judge is being fooled.
 
 
 def judging_metrics(truth: np.ndarray, judged: np.ndarray) -> dict[str, float | None]:
@@ -1422,6 +1436,8 @@ def head_to_head(scores: Any, others: Any) -> dict[str, float]:
 # ================================================================================================
 # 10. Command line
 # ================================================================================================
+# train() is the recipe of [1] in this world: a base model M0; M1, which has learnt to answer and to
+# judge from seed data; M2 and M3, each by DPO on what its predecessor wrote and graded.
 
 
 def _option(default: Any, text: str, quick: Any = None) -> Any:
@@ -1619,7 +1635,7 @@ def train(options: Options) -> list[dict]:
         configs.append(
             SFTConfig(train_dataset=lambda model: items + verdicts(), learning_rate=4e-3,
                       steps=options.sft_steps) if name == "sft" else
-            SelfPlayConfig(train_dataset=items, **dpo) if name == "spin" else
+            SelfPlayConfig(train_dataset=items, lam=1.0, **dpo) if name == "spin" else
             SelfRewardDPOConfig(max_judge_tokens=16, **judging, **new) if name == "self" else
             ExternalRewardDPOConfig(reward_model=lambda *x: list(map(world.score, *x)), **new))
 

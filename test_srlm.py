@@ -457,6 +457,18 @@ def test_the_generator_is_the_only_source_of_chance():
     same(draws[0], draws[1])
     assert not torch.cat(draws[0]).equal(torch.cat(draws[2]))
     assert not draws[0][0].equal(draws[0][2])  # equal prompts, draws of their own
+    same(draws[0], srlm.sample(model, prompts, max_new_tokens=20, temperature=1.0, eos_id=None,
+                               generator=generator(1)))
+
+
+@pytest.mark.parametrize("noise, token", [(0.0, 1), (1 - 2**-24, 3)])
+def test_the_ends_of_the_noise_draw_what_the_filter_leaves(noise, token, monkeypatch):
+    """torch.rand returns multiples of 2^-24 from 0 on; the first and the last token are filtered out."""
+    monkeypatch.setattr(torch, "rand", lambda *size, generator=None: torch.full(size, noise))
+    ends = torch.tensor([-math.inf, 0, 0, 0, -math.inf])
+    found = srlm.sample(HashModel(5), [[1], [2]], max_new_tokens=2, eos_id=None,
+                        logit_filter=lambda logits: logits + ends)
+    assert [row.tolist() for row in found] == [[token] * 2] * 2
 
 
 @pytest.mark.parametrize("prompts, how, complaint", [
@@ -861,6 +873,8 @@ def test_the_default_judge_asks_for_what_it_parses():
 def test_your_own_parser_replaces_the_template():
     config = dataclasses.replace(SCORE, parse_reward=lambda reply: len(reply) / 2)
     assert config.parse("Score: 4") == 4.0 and config.parse("abc") == 1.5
+    whole = dataclasses.replace(SCORE, parse_reward=len)
+    same(srlm.judge(Scripted(lambda asked: "abc"), whole, ["p"], ["r"]), torch.tensor([3.0]))
 
 
 @given(SEEDS, st.integers(1, 4), st.integers(1, 4))
@@ -967,7 +981,7 @@ ENCODE = lambda text: [LETTERS.index(c) for c in text if c in LETTERS]
 DECODE = lambda ids: "".join(LETTERS[int(i)] for i in ids if i < 8)
 TEXT = srlm.TextFormat(ENCODE, DECODE, "g{{ prompt }}h", eos_id=8, pad_id=9)
 WORDS = ["a", "bc", "ad", "dab", "fga", "hh", "cab"]
-PHRASES = ["".join(word) for word in itertools.permutations("abcdf", 2)]
+PHRASES = ["".join(word) for word in itertools.product("abcdf", repeat=3)][:70]  # two visits
 ODD = lambda prompts, responses: [float(sum(map(ord, r)) % 5) for r in responses]  # a reward
 
 
@@ -1004,7 +1018,7 @@ def test_prompt_and_response_make_up_the_item(prompt, response, template):
         assert n == len(encode(prompt + "{}" * template)) and text.text(ids[n:]) == response
 
 
-@given(SEEDS, st.integers(2, 5), st.sampled_from([None, 1, 3]), st.integers(1, 2))
+@given(SEEDS, st.integers(2, 5), st.sampled_from([None, 1, 60]), st.integers(1, 2))
 def test_pairs_are_what_they_say(seed, n_candidates, n_pairs, max_passes):
     """As many as they say, of the prompts in their order, the better one first; and every visit is
     counted once."""
@@ -1014,15 +1028,17 @@ def test_pairs_are_what_they_say(seed, n_candidates, n_pairs, max_passes):
         asked.extend(prompts)
         return ODD(prompts, responses)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         pairs, counts = write(HashModel(9, seed % 1000), reward_fn=reward_fn, seed=seed,
                               n_candidates=n_candidates, n_pairs=n_pairs, max_passes=max_passes,
                               prompts=PHRASES)
     assert len(pairs) == counts["pairs"] and (n_pairs is None or len(pairs) <= n_pairs)
+    assert bool(caught) == (n_pairs is not None and len(pairs) < n_pairs)
     assert set(counts) == {"pairs", "unparsed", "tied", "invalid"}
     visits = len(asked) // n_candidates
-    assert asked[: len(PHRASES) * n_candidates] == [word for word in PHRASES for _ in range(n_candidates)]
+    every = [word for _ in range(max_passes) for word in PHRASES for _ in range(n_candidates)]
+    assert asked == every[: len(asked)]
     if n_pairs is None:
         assert sum(counts.values()) == visits == max_passes * len(PHRASES)
     for pair in pairs:
@@ -1082,8 +1098,8 @@ def test_no_pair_at_all_is_an_error_in_bounded_time(value, complaint):
         return [value] * len(responses)
 
     with pytest.raises(ValueError, match=complaint + ".*so it goes") as error:
-        write(reward_fn=reward_fn, n_pairs=100, max_passes=1000, replies=["so it goes"])
-    assert len(calls) <= 4 and "0 pairs" in str(error.value) and "of 7 prompts" in str(error.value)
+        write(reward_fn=reward_fn, n_pairs=10, max_passes=1000, replies=["so it goes"])
+    assert calls == [7 * 4] and "0 pairs" in str(error.value) and "of 7 prompts" in str(error.value)
 
 
 def test_rewards_may_come_in_any_form():
@@ -1241,7 +1257,8 @@ def test_the_same_seed_gives_the_same_bits(kinds, seed):
 
 
 # What each field of each kind of stage may be changed to: (fields of both runs, the change).
-AWAY = lambda model: -sum(float((a - b).square().sum()) for a, b in zip(model.parameters(), Tiny().parameters()))
+AWAY = lambda model: -sum(float((a - b).square().sum())
+                          for a, b in zip(model.parameters(), Tiny().parameters()))
 LOOK = dict(eval_fn=AWAY, eval_every=1)
 SHARED = {
     "steps": ({}, 4), "batch_size": ({}, 2), "learning_rate": ({}, 0.01), "warmup": ({}, 0.9),
@@ -1282,7 +1299,8 @@ def test_every_field_changes_what_happens(kind, field, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind, field, value", [
-    ("sft", "steps", 0), ("sft", "batch_size", 0), ("sft", "learning_rate", 0.0), ("sft", "eval_mode", "best"),
+    ("sft", "steps", 0), ("sft", "batch_size", 0), ("sft", "learning_rate", 0.0),
+    ("sft", "eval_mode", "best"),
     ("sft", "eval_every", 0), ("sft", "patience", 0), ("sft", "checkpoint_every", 0), ("sft", "warmup", -1),
     ("sft", "max_grad_norm", 0), ("sft", "weight_decay", -1), ("sft", "learning_rate", NAN),
     ("spin", "lam", 0.0), ("spin", "temperature", -1), ("spin", "max_new_tokens", 0),
@@ -1307,6 +1325,18 @@ def test_what_cannot_work_is_refused_before_any_work(tmp_path):
         with pytest.raises(ValueError, match=rf"stage 1 \(self-reward\): {name} = 20 .*max_seq_len = 20"):
             trainer(tmp_path / "run", [stage("sft"), stage("self-reward", **{name: 20})], model)
     assert not (tmp_path / "run").exists()
+
+
+def test_defaults_are_those_of_the_papers():
+    """Four candidates, three judgements of each, the best against the worst; beta and lambda 0.1."""
+    dpo, spin = srlm.SelfRewardDPOConfig(prompt_dataset=WORDS), srlm.SelfPlayConfig(train_dataset=ITEMS)
+    assert (dpo.n_candidates, dpo.n_judge_samples, dpo.pick_pair) == (4, 3, srlm.pick_best_worst)
+    assert dpo.beta == spin.lam == 0.1 and dpo.replay_dataset is spin.replay_dataset is None
+    heard, model = [], Scripted(lambda asked: ["Score: 1", "Score: 2"])
+    srlm.judge(model, SCORE, ["p"], ["r"], on_reply=heard.append)
+    assert len(heard) == 3
+    one, two = ([list(pair) for pair in write(**how)[0]] for how in ({}, dict(n_candidates=4, max_passes=1)))
+    same(one, two)
 
 
 def test_configs_are_frozen():
@@ -1813,7 +1843,8 @@ def test_mock_data_sets():
 
 WORLD = srlm.LetterWorld(list(srlm.INSTRUCTIONS), n_eval=50, seed=3)
 # Answers of any quality: pieces of good ones, in any order and number.
-ANSWERS = st.lists(st.sampled_from(["Sure: ", "sure: ", "Sure:", ".", " ", *"abcdefgh"]), max_size=9).map("".join)
+ANSWERS = st.lists(st.sampled_from(["Sure: ", "sure: ", "Sure:", ".", " ", *"abcdefgh"]),
+                   max_size=9).map("".join)
 PROMPTS = st.builds("{} {}".format, st.sampled_from(list(srlm.INSTRUCTIONS)),
                     st.lists(st.sampled_from("abcdefgh"), min_size=4, max_size=6, unique=True).map("".join))
 
@@ -2029,7 +2060,8 @@ KEYS = ("stage kind model seconds loss oracle_score oracle_greedy perfect_rate s
 def test_a_quick_run_leaves_its_models_and_metrics(quick):
     folder, _ = quick
     kinds = ["sft", "sft", "self-reward", "self-reward"]
-    assert sorted(os.listdir(folder)) == [f"{i}.{kind}.pt" for i, kind in enumerate(kinds)] + ["metrics.jsonl"]
+    checkpoints = [f"{i}.{kind}.pt" for i, kind in enumerate(kinds)]
+    assert sorted(os.listdir(folder)) == checkpoints + ["metrics.jsonl"]
     first, *lines = metrics(folder)
     assert first["model"] == "demonstrations" and abs(first["oracle_score"] - 3.03) < 0.2
     assert [(line["stage"], line["model"], line["kind"]) for line in lines] == [
@@ -2068,7 +2100,8 @@ def test_ask_answers_scores_and_tells_the_truth(quick, capsys, monkeypatch):
     srlm.main(["ask", path, "sort dbca"])
     said = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
     points = WORLD.points("sort dbca", said["answer"])
-    assert said["true score"] == f"{sum(points)} of 5: " + ", ".join(map("{} {}".format, WORLD.POINTS, points))
+    each = ", ".join(map("{} {}".format, WORLD.POINTS, points))
+    assert said["true score"] == f"{sum(points)} of 5: {each}"
     assert re.fullmatch(r"\d\.\d of 5|none", said["own score"])
     srlm.main(["ask", path, "what else?"])
     said = capsys.readouterr().out
@@ -2182,16 +2215,21 @@ def test_ctrl_c_ends_at_once_with_one_line_that_says_how_to_resume(tmp_path):
 
 def test_read_jsonl_returns_the_fields_in_order(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"score": 4.5, "prompt": "ä", "response": "b"}\n\n{"prompt":"c","response":"d","score":0}')
+    path.write_text('{"score": 4.5, "prompt": "ä", "response": "b"}\n\n'
+                    '{"prompt":"c","response":"d","score":0}')
     assert srlm.read_jsonl(path, ["prompt", "response", "score"]) == [("ä", "b", 4.5), ("c", "d", 0)]
 
 
 @pytest.mark.parametrize("line, complaint", [
-    ("{", "line 2: .*Expecting"), ("[1]", "line 2: not an object"), ('{"prompt": "a"}', "line 2: no field 'score'"),
+    ("{", "line 2: .*Expecting"), ("[1]", "line 2: not an object"),
+    ('{"prompt": "a"}', "line 2: no field 'score'"),
     ('{"prompt": "a", "score": 1, "x": 1}', "line 2: unknown field 'x'"),
-    ('{"prompt": 3, "score": 1}', "line 2: prompt is 3"), ('{"prompt": " ", "score": 1}', "line 2: prompt is ' '"),
-    ('{"prompt": "a", "score": 6}', "line 2: score is 6"), ('{"prompt": "a", "score": -1}', "line 2: score is -1"),
-    ('{"prompt": "a", "score": "1"}', "line 2: score is '1'"), ('{"prompt": "a", "score": true}', "score is True"),
+    ('{"prompt": 3, "score": 1}', "line 2: prompt is 3"),
+    ('{"prompt": " ", "score": 1}', "line 2: prompt is ' '"),
+    ('{"prompt": "a", "score": 6}', "line 2: score is 6"),
+    ('{"prompt": "a", "score": -1}', "line 2: score is -1"),
+    ('{"prompt": "a", "score": "1"}', "line 2: score is '1'"),
+    ('{"prompt": "a", "score": true}', "score is True"),
     ('{"prompt": "a", "score": NaN}', "line 2: score is nan")])
 def test_read_jsonl_names_file_line_and_reason(line, complaint, tmp_path):
     path = tmp_path / "rows.jsonl"
