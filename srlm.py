@@ -61,8 +61,9 @@ def _require(condition: bool, complaint: str) -> None:
 
 
 def _bar(steps: Sequence, what: str) -> tqdm:
-    """A progress bar for whatever takes longer than two seconds."""
-    return tqdm(steps, what, delay=2, leave=False, dynamic_ncols=True, disable=_processes()[0] > 0)
+    """A progress bar for whatever takes longer than two seconds, where a terminal shows it."""
+    hidden = _processes()[0] > 0 or None  # None: unless this is a terminal
+    return tqdm(steps, what, delay=2, leave=False, dynamic_ncols=True, disable=hidden)
 
 
 # Several processes, as torchrun starts them, share the work out by the four functions that follow.
@@ -93,7 +94,7 @@ def _on_main(work: Callable[[], Any]) -> Any:
 
 
 def _shared(work: Callable[[Any], Any], pieces: Sequence, what: str) -> list:
-    """[work(piece) for piece in pieces], of which each process does its share and gets the whole."""
+    """[work(piece) for piece in pieces]: each process does its share, and gets the whole."""
     rank, n = _processes()
     shares = [[work(piece) for piece in _bar(pieces[rank::n], what)]]
     if n > 1:
@@ -1463,7 +1464,7 @@ class Options:
     instructions: str = _option("sort", f"what LetterWorld asks for, of {','.join(INSTRUCTIONS)}")
     replay_weight: float = _option(4.0, "how much later stages rehearse judging; 0: they forget")
     tidy: bool = _option(False, "judging data without nonsense: a judge that can be fooled")
-    base_steps: int = _option(300, "updates for M0", 80)
+    base_steps: int = _option(400, "updates for M0", 80)
     sft_steps: int = _option(1200, "updates for M1", 150)
     dpo_steps: int = _option(200, "updates for each later stage", 30)
     demonstrations: int = _option(3200, "size of LetterWorld's IFT data", 1600)
