@@ -1538,7 +1538,7 @@ def test_training_changes_no_data():
 def test_no_function_changes_its_arguments(seed):
     """Of sections 3 to 6; the pickers, the trainer and the world have tests of their own."""
     model, rng = HashModel(9, seed % 1000), np.random.default_rng(seed)
-    rows, four = ragged(rng, 3, 9), [torch.randn(3) for _ in range(4)]
+    rows, four = ragged(rng, 3, 9, low=2), [torch.randn(3) for _ in range(4)]
     ids, lens, logits = pad(rows, 9), torch.tensor([1, 0, 1]), torch.randn(3, 9)
     pairs, matrix = write()[0], rng.integers(0, 5, size=(4, 5)).astype(float)
     arguments = (rows, four, ids, lens, logits, [list(pair) for pair in pairs])
