@@ -1155,7 +1155,8 @@ class SelfRewardingTrainer:
         self.model.load_state_dict(_on_main(self.model.state_dict))  # the same bits everywhere
         for stage, config in list(enumerate(self.configs))[len(records) :]:
             began, seed = time.perf_counter(), _seed_of(self.seed, stage)
-            save = lambda step: self._save(self.path(stage).with_suffix(f".step{step}.pt"), records)
+            save = lambda step: _on_main(lambda: self._save(
+                self.path(stage).with_suffix(f".step{step}.pt"), records))
             try:
                 with _seeded(seed):
                     terms, counts = config.terms(Run(self.model, self.text, self.judges, seed))
@@ -1167,7 +1168,7 @@ class SelfRewardingTrainer:
             seconds = round(time.perf_counter() - began, 2)
             records.append(_plain({"stage": stage, "kind": config.kind, "seconds": seconds,
                                    **fitted, **counts, **found}))
-            self._save(self.path(stage), records)
+            _on_main(lambda: self._save(self.path(stage), records))
             _on_main(lambda: self.report(records[-1]))
         return records
 
@@ -1205,7 +1206,7 @@ class SelfRewardingTrainer:
         shape = dataclasses.asdict(config) if isinstance(config, ModelConfig) else None
         torch.save({"format": "srlm 1", "model": self.model.state_dict(), "model_config": shape,
                     "records": records, "settings": self._settings()}, buffer := io.BytesIO())
-        _on_main(lambda: _write(path, buffer.getvalue()))
+        _write(path, buffer.getvalue())
 
     def _resume(self) -> list[dict]:
         """Loads the last whole checkpoint; returns the records up to it ([] without any)."""

@@ -836,7 +836,7 @@ def test_hostile_replies_cost_no_time(template, hostile):
     began = time.process_time()
     for reply in (hostile * (100_000 // len(hostile)), "a b" + hostile * (100_000 // len(hostile))):
         config.parse(reply + "!")
-    assert time.process_time() - began < 3
+    assert time.process_time() - began < 0.8
 
 
 @given(st.text(), st.text())
@@ -2266,9 +2266,9 @@ def test_the_readme_blocks_run(tmp_path, monkeypatch):
 # ================================================================================================
 
 
-def test_the_notebook_is_stored_as_it_ran_and_runs_again(tmp_path):
+def test_the_notebook_is_stored_as_it_ran_and_runs_again():
     """With FAST switched on, which must be found; its own asserts check what its text relies on."""
-    notebook = nbformat.read(Path(SCRIPT).with_name("tutorial.ipynb"), as_version=4)
+    notebook = nbformat.read(HERE / "tutorial.ipynb", as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell.outputs]
@@ -2278,7 +2278,7 @@ def test_the_notebook_is_stored_as_it_ran_and_runs_again(tmp_path):
     switch.source = "FAST = True"
     asks = "import json; print(json.dumps([teacher, *(float(scores[name]) for name in ('M1', 'M2', 'M3'))]))"
     notebook.cells.append(nbformat.v4.new_code_cell(asks))
-    resources = {"metadata": {"path": str(Path(SCRIPT).parent)}}
+    resources = {"metadata": {"path": str(HERE)}}
     nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute()
     teacher, first, second, third = json.loads(notebook.cells[-1].outputs[0].text)
     assert 2.5 < teacher < 3.5 and first < teacher + 0.3 and first + 0.3 < second < third + 0.5
@@ -2321,7 +2321,7 @@ def train_until_one_dies(folder):
 def in_two_processes(what, folder):
     """Exit code of torchrun, on this machine alone; whatever is left after ten minutes is killed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(srlm.__file__).parent)}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
     process = subprocess.Popen([*command, __file__, what, folder], start_new_session=True, env=env)
     try:
         return process.wait(timeout=600)
@@ -2355,7 +2355,7 @@ def test_several_processes_train_to_the_weights_of_one(tmp_path):
 def test_a_process_that_dies_ends_the_others_and_the_run_can_be_resumed(tmp_path):
     began = time.monotonic()
     assert in_two_processes("train_until_one_dies", tmp_path / "run") != 0
-    assert time.monotonic() - began < 300
+    assert time.monotonic() - began < 90
     assert os.listdir(tmp_path / "run") == ["0.sft.pt"]
     model, other = Tiny(), Tiny()
     stages = [stage("sft"), stage("external-reward", **MANY["external-reward"])]
