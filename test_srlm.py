@@ -1270,7 +1270,8 @@ WRITING = SHARED | {
     "max_new_tokens": ({}, 2), "temperature": ({}, 0.3), "replay_dataset": ({}, ITEMS),
     "logit_filter": ({}, lambda x: srlm.top_k(x, 3)), "replay_weight": ({"replay_dataset": ITEMS}, 0.5)}
 REWARDED = WRITING | {
-    "prompt_dataset": ({}, WORDS[1:]), "beta": ({}, 0.5), "n_candidates": ({}, 3), "n_pairs": ({}, 2),
+    "prompt_dataset": ({}, WORDS[1:]), "beta": ({}, 0.5), "nll_weight": ({}, 0.5), "n_candidates": ({}, 3),
+    "n_pairs": ({}, 2),
     "max_passes": ({"n_pairs": 40}, 3), "pick_pair": ({}, lambda rewards: srlm.pick_best_random(rewards)),
     "is_valid_reward": ({}, lambda reward: reward < 4), "pairs_file": ({}, "pairs.npz"),
     "is_valid_reward_pair": ({}, lambda chosen, rejected: chosen > rejected + 1)}
@@ -1307,6 +1308,7 @@ def test_every_field_changes_what_happens(kind, field, tmp_path, monkeypatch):
     ("sft", "max_grad_norm", 0), ("sft", "weight_decay", -1), ("sft", "learning_rate", NAN),
     ("spin", "lam", 0.0), ("spin", "temperature", -1), ("spin", "max_new_tokens", 0),
     ("spin", "replay_weight", -1.0), ("external-reward", "beta", -1), ("external-reward", "n_candidates", 1),
+    ("external-reward", "nll_weight", -0.1),
     ("external-reward", "n_pairs", 0), ("external-reward", "max_passes", 0),
     ("self-reward", "n_judge_samples", 0), ("self-reward", "max_judge_tokens", 0),
     ("self-reward", "judge_temperature", -0.1)])
@@ -1333,7 +1335,7 @@ def test_defaults_are_those_of_the_papers():
     """Four candidates, three judgements of each, the best against the worst; beta and lambda 0.1."""
     dpo, spin = srlm.SelfRewardDPOConfig(prompt_dataset=WORDS), srlm.SelfPlayConfig(train_dataset=ITEMS)
     assert (dpo.n_candidates, dpo.n_judge_samples, dpo.pick_pair) == (4, 3, srlm.pick_best_worst)
-    assert dpo.beta == spin.lam == 0.1 and dpo.replay_dataset is spin.replay_dataset is None
+    assert dpo.beta == spin.lam == 0.1 and dpo.nll_weight == 0 and dpo.replay_dataset is spin.replay_dataset is None
     heard, model = [], Scripted(lambda asked: ["Score: 1", "Score: 2"])
     srlm.judge(model, SCORE, ["p"], ["r"], on_reply=heard.append)
     assert len(heard) == 3
@@ -1399,28 +1401,33 @@ def test_sft_follows_its_update_rule(steps, warmup, weight_decay, max_grad_norm)
 def test_the_reference_is_the_model_as_the_stage_begins(kind, tmp_path):
     """Against a copy of the model kept by hand, with a single pair: the same weights after 25
     updates, even where the pad id is the last token of the answer. All that is asked of the model
-    without gradients, answers and references, is asked before the first update."""
+    without gradients, answers and references, is asked before the first update. The likelihood
+    term counts the chosen answer's whole log-probability."""
     model, prompt = Watched().double(), TEXT.prompt_ids("bc")
     begin, opponent, how = weights(model), Tiny().double(), dict(steps=25, batch_size=1, learning_rate=0.05)
     ids = torch.cat((prompt, torch.tensor([3, 1, 0])))
     if kind == "spin":
         worse = srlm.sample(opponent, [prompt], max_new_tokens=4, temperature=0, eos_id=None)[0]
         config = stage(kind, train_dataset=[(ids, len(prompt))], temperature=0, lam=0.7, **how)
-        better, coefficient, pad_id = ids[len(prompt):], dict(lam=0.7), int(worse[-1])
+        better, coefficient, pad_id, nll_weight = ids[len(prompt):], dict(lam=0.7), int(worse[-1]), 0
         assert pad_id != 0
     else:
         config = stage(kind, prompt_dataset=["bc"], pairs_file=tmp_path / "pairs.npz", beta=0.7,
-                       pick_pair=lambda rewards: (0, 3), is_valid_reward_pair=lambda a, b: True, **how)
-        coefficient, pad_id = dict(beta=0.7), 0
+                       nll_weight=0.3, pick_pair=lambda rewards: (0, 3), is_valid_reward_pair=lambda a, b: True, **how)
+        coefficient, pad_id, nll_weight = dict(beta=0.7), 0, 0.3
     records, *_ = run([config], model, pad_id=pad_id, eos_id=None)
     if kind != "spin":
         prompt, better, worse, *_ = srlm.load_pairs(tmp_path / "pairs.npz")[0]
     loss_fn, expected = srlm.spin_loss if kind == "spin" else srlm.dpo_loss, Tiny().double()
     reference = [one(opponent, prompt, side).detach() for side in (better, worse)]
-    loss = by_hand(expected, lambda: loss_fn(one(expected, prompt, better), one(expected, prompt, worse),
-                                             *reference, **coefficient)[0].mean(), config)
+
+    def loss_by_hand():
+        chosen, rejected = one(expected, prompt, better), one(expected, prompt, worse)
+        return (loss_fn(chosen, rejected, *reference, **coefficient)[0] - nll_weight * chosen).mean()
+
+    before, loss = float(loss_by_hand().detach()), by_hand(expected, loss_by_hand, config)
     close(records[0]["loss"], loss, 1e-5)
-    assert loss < 0.6
+    assert loss < before - 0.05
     for a, b in zip(model.parameters(), expected.parameters()):
         close(a, b, 1e-7)
     assert len(model.asked) >= 2
