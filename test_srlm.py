@@ -2236,6 +2236,32 @@ def test_every_option_is_documented_and_has_a_type(capsys):
     assert options.sft_steps < srlm.Options.parse([]).sft_steps
 
 
+@pytest.mark.parametrize("flag, value, reach", [
+    ("--seed", 7, lambda trainer: trainer["seed"]),
+    ("--checkpoints", "here", lambda trainer: str(trainer["checkpoints_folder"])),
+    ("--base-steps", 7, lambda trainer: trainer["stages"][0].steps),
+    ("--sft-steps", 7, lambda trainer: trainer["stages"][1].steps),
+    ("--dpo-steps", 7, lambda trainer: trainer["stages"][2].steps),
+    ("--replay-weight", 0.5, lambda trainer: trainer["stages"][3].replay_weight),
+    ("--nll-weight", 0.5, lambda trainer: trainer["stages"][3].nll_weight),
+    ("--demonstrations", 77, lambda trainer: len(trainer["stages"][0].train_dataset)),
+    ("--stage-prompts", 7, lambda trainer: len(trainer["stages"][2].prompt_dataset(None))),
+    ("--max-seq-len", 77, lambda trainer: trainer["model"].max_seq_len)])
+def test_a_flag_reaches_what_it_names(flag, value, reach, monkeypatch):
+    class Reached(Exception):
+        pass
+
+    def caught(model, stages, **kwargs):
+        raise Reached(kwargs | {"model": model, "stages": stages})
+
+    monkeypatch.setattr(srlm, "SelfRewardingTrainer", caught)
+    with pytest.raises(Reached) as default:
+        srlm.main(SHORT)
+    with pytest.raises(Reached) as changed:
+        srlm.main([*SHORT, flag, str(value)])
+    assert reach(changed.value.args[0]) == value != reach(default.value.args[0])
+
+
 def test_spin_and_external_stages_run_from_the_command_line(capsys, tmp_path):
     lines = srlm.main([*SHORT, "--stages", "sft,spin,external", "--checkpoints", str(tmp_path),
                        "--instructions", "sort,copy", "--base-steps", "50", "--demonstrations", "99"])
