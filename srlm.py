@@ -972,7 +972,7 @@ class _RewardStageConfig(_WritingStageConfig):
 
     prompt_dataset: Any  # instructions (str), or a function of the model that returns them
     beta: float = 0.1  # as in [1]; the larger, the closer the model stays to its reference
-    nll_weight: float = 0.0  # of -log p(chosen), from [5]; not in [1]
+    nll_weight: float = 0.0  # of -log p(chosen): [5], which divides it by the length; not in [1]
     n_candidates: int = 4  # N in [1]
     n_pairs: int | None = None  # None: as many as come up; 3,964 and 6,942 in [1]
     max_passes: int = 1  # over the prompts, where n_pairs asks for more
