@@ -10,7 +10,7 @@ better than the demonstrations that the model was first taught from.
     python srlm.py ask checkpoints/3.self-reward.pt "sort dbca"
 
 Sources, cited below by number:
-  [1] arXiv:2401.10020  Self-Rewarding Language Models (Yuan et al.): loop, judge, all the numbers
+  [1] arXiv:2401.10020  Self-Rewarding Language Models (Yuan et al.): the loop, its judge, figures
   [2] arXiv:2305.18290  Direct Preference Optimization (Rafailov et al.): the loss
   [3] arXiv:2401.01335  Self-Play Fine-Tuning, SPIN (Chen et al.): the same loss, data against self
   [4] arXiv:2402.04792  Online AI Feedback (Guo et al.): another model as the judge
@@ -63,11 +63,11 @@ def _require(condition: bool, complaint: str) -> None:
 
 def _bar(steps: Sequence, what: str) -> tqdm:
     """A progress bar for whatever takes longer than two seconds, where a terminal shows it."""
-    hidden = _processes()[0] > 0 or None  # None: unless this is a terminal
+    hidden = _processes()[0] > 0 or None  # None: tqdm shows it in a terminal alone
     return tqdm(steps, what, delay=2, leave=False, dynamic_ncols=True, disable=hidden)
 
 
-# Several processes, as torchrun starts them, share the work out by the four functions that follow.
+# Several processes, as torchrun starts them, share the work out by the five functions that follow.
 # In a process that is alone they do nothing, and may be skipped at a first reading.
 
 
@@ -154,6 +154,7 @@ class ModelConfig:
     depth: int = 4  # blocks; to compare two words letter by letter takes several
     heads: int = 2  # H; few and wide, since on a CPU attention costs by the head
     max_seq_len: int = 256  # tokens, prompt and answer together
+    mlp_ratio: int = 2  # width of the MLP, in multiples of dim
 
     def __post_init__(self):
         _require(self.dim % (2 * self.heads) == 0,
@@ -163,19 +164,19 @@ class ModelConfig:
 class Block(nn.Module):
     """Attention, then an MLP, each reading a normalised copy of the stream x and adding to it.
 
-    In production: RMSNorm, a gated MLP of four times the width, keys shared by several queries. At
-    this size, a narrow MLP and more updates in the same time teach a better judge.
+    In production: RMSNorm, a wider MLP with a gate, keys shared by several queries. At this size, a
+    narrow MLP and more updates in the same time teach a better judge.
     """
 
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.heads = heads
+        self.heads, dim, wide = config.heads, config.dim, config.mlp_ratio * config.dim
         self.attention_norm = nn.LayerNorm(dim, bias=False)
         self.mlp_norm = nn.LayerNorm(dim, bias=False)
         self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.to_out = nn.Linear(dim, dim, bias=False)
-        self.up = nn.Linear(dim, 2 * dim, bias=False)
-        self.down = nn.Linear(2 * dim, dim, bias=False)
+        self.up = nn.Linear(dim, wide, bias=False)
+        self.down = nn.Linear(wide, dim, bias=False)
 
     def forward(self, x: Tensor, turns: Tensor, read: Tensor | None = None) -> Tensor:
         """x (B, T, D) -> (B, T, D); or -> (B, 1, D) where `read` (B,) says the one position of each
@@ -204,7 +205,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.max_seq_len = config, config.max_seq_len
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.blocks = nn.ModuleList(Block(config.dim, config.heads) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.dim, bias=False)
         self.to_logits = nn.Linear(config.dim, config.vocab_size, bias=False)
         for name, weight in self.named_parameters():
@@ -215,12 +216,13 @@ class Transformer(nn.Module):
                                 generator=generator)
         speed = 10_000.0 ** -torch.linspace(0, 1, config.dim // config.heads // 2)  # radians
         angle = torch.arange(config.max_seq_len)[:, None] * speed
-        self.register_buffer("turns", torch.polar(torch.ones_like(angle), angle), persistent=False)
+        self.register_buffer("angle", angle, persistent=False)
 
     def _hidden(self, ids: Tensor, read: Tensor | None = None) -> Tensor:
         _require(ids.shape[1] <= self.max_seq_len,
                  f"Transformer: {ids.shape[1]} tokens, but max_seq_len={self.max_seq_len}")
-        x, turns = self.embedding(ids), self.turns[: ids.shape[1]]
+        x, angle = self.embedding(ids), self.angle[: ids.shape[1]]
+        turns = torch.polar(torch.ones_like(angle), angle)  # (T, D/2H), complex
         for block in self.blocks[:-1]:
             x = block(x, turns)
         return self.norm(self.blocks[-1](x, turns, read))
@@ -282,7 +284,7 @@ def _as_rows(prompts: Sequence[Sequence[int] | Tensor] | Tensor, pad_id: int) ->
     """The prompts as 1-D tensors; of a row of a padded (B, T) tensor what the padding encloses."""
     if not isinstance(prompts, Tensor):
         return [torch.as_tensor(prompt, dtype=torch.long).cpu() for prompt in prompts]
-    real = [(row != pad_id).nonzero().flatten().tolist() or [1, 0] for row in prompts]
+    real = [(row != pad_id).nonzero().flatten().tolist() or [1, 0] for row in prompts]  # or empty
     return [row[at[0] : at[-1] + 1].cpu() for row, at in zip(prompts, real)]
 
 
@@ -441,8 +443,8 @@ def spin_loss(policy_real: Tensor, policy_generated: Tensor, opponent_real: Tens
 # ================================================================================================
 # A judge is a model that is shown a prompt and a response and replies with a verdict in words, from
 # which a score is read. Templates hold {{ variables }}; any other brace is an ordinary character.
-# A model is a better judge than writer wherever to check is easier than to do; on this difference
-# the whole loop lives, and it ends when the difference does.
+# A model judges better than it writes where checking is easier than doing; on this difference the
+# whole loop lives, and it ends when the difference does.
 
 _VARIABLE = re.compile(r"\{\{\s*([^{}]*?)\s*\}\}")
 _NUMBER = r"([+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+))"
@@ -490,7 +492,8 @@ class RewardConfig:
         return _render(self.prompt_template, prompt=prompt, response=response)
 
     def parse(self, reply: str) -> float | None:
-        """The reward in the LAST match of the reply, None where there is none. Never raises."""
+        """The reward in the LAST match of the reply, None where there is none. Never raises, unless
+        your own parse_reward does."""
         if self.parse_reward is not None:
             return self.parse_reward(reply)
         before, after = (r"\s+".join(map(re.escape, re.split(r"\s+", literal)))
@@ -531,7 +534,7 @@ def _text_of(ids: Tensor, decode: Callable, eos_id: int | None) -> str:
 
 def judge(model: nn.Module, reward_config: RewardConfig, prompts: Sequence[str],
           responses: Sequence[str], *, encode: Callable = encode, decode: Callable = decode,
-          n_samples: int = 3, max_new_tokens: int = 32, temperature: float = 0.7,
+          n_samples: int = 3, max_new_tokens: int = 160, temperature: float = 0.7,
           logit_filter: Callable | None = None, eos_id: int | None = EOS,
           is_valid_reward: Callable[[float], bool] | None = None,
           generator: torch.Generator | None = None,
@@ -676,14 +679,17 @@ def generate_preferences(
 
     Returns the pairs and the counts of visits: pairs, unparsed (fewer than two candidates got a
     reward), tied (no two differ) and invalid (the pair was refused). Fewer pairs than asked for is
-    a warning; none at all is a ValueError, which also quotes `replies` of the judge.
+    a warning; none at all is a ValueError, which also quotes what reward_fn put into `replies`.
     """
     _require(n_candidates >= 2, f"n_candidates must be at least 2, got {n_candidates}")
     is_valid_pair = is_valid_pair or (lambda chosen, rejected: chosen > rejected)
 
+    size = 64  # prompts that are visited at once; their noise is their own, whoever visits them
+
     def visit(where: tuple[int, int]) -> list[PreferencePair | str]:
-        some, outcomes = prompts[where[1] : where[1] + size], []
-        with _seeded(seed, *where):
+        a_pass, at = where
+        some, outcomes = prompts[at : at + size], []
+        with _seeded(seed, a_pass, at):
             ids = [text.prompt_ids(prompt) for prompt in some]
             rows = sample(model, [row for row in ids for _ in range(n_candidates)],
                           **{"eos_id": text.eos_id, **sampling})
@@ -699,7 +705,6 @@ def generate_preferences(
                 outcomes.append(pair if valid else "invalid")
         return outcomes
 
-    size = 64  # prompts that are visited at once; their noise is their own, whoever visits them
     visits = [(a_pass, at) for a_pass in range(max_passes) for at in range(0, len(prompts), size)]
     pairs, counts, done = [], dict(pairs=0, unparsed=0, tied=0, invalid=0), 0
     while done < len(visits) and (n_pairs is None or len(pairs) < n_pairs):
@@ -789,11 +794,12 @@ def _write(path: Path, data: bytes) -> None:
 # ================================================================================================
 # A stage minimises a weighted sum of terms, each a mean over a data set of its own:
 #     sft              sft_loss of demonstrations
-#     spin             spin_loss of demonstrations against the model's own answers     [+ replay]
-#     self-reward      dpo_loss of pairs that the model wrote and graded               [+ replay]
-#     external-reward  dpo_loss of pairs that the model wrote and somebody graded      [+ replay]
-# Replay is the sft_loss of what must not be forgotten: to train on answers alone moves the weights
-# that judge as well, and a model of this size soon loses its judgement, and with it its reward.
+#     spin             spin_loss of demonstrations against the model's own answers      [+ replay]
+#     self-reward      dpo_loss of pairs that the model wrote and graded        [+ nll] [+ replay]
+#     external-reward  dpo_loss of pairs that the model wrote, somebody graded  [+ nll] [+ replay]
+# Nll is -log p(chosen). Replay is the sft_loss of what must not be forgotten: to train on answers
+# alone moves the weights that judge as well, and a model of this size soon loses its judgement, and
+# with it its reward.
 # One loop, `fit`, minimises any such sum. In production: weights and optimiser in many shards,
 # gradients accumulated over several batches, bfloat16, and a look at the pairs by a person.
 
@@ -837,7 +843,7 @@ def _items(dataset: Any, run: Run) -> list[tuple[Tensor, int]]:
     items, limit = [], getattr(run.model, "max_seq_len", math.inf)
     for i, (ids, prompt_len) in enumerate(_data(dataset, run)):
         ids, prompt_len = torch.as_tensor(ids, dtype=torch.long).cpu(), int(prompt_len)
-        ids = ids[: int(_lengths(ids[None], run.text.pad_id))]
+        ids = ids[: int(_lengths(ids[None], run.text.pad_id))] if len(ids) else ids
         _require(0 <= prompt_len < len(ids) <= limit,
                  f"training item {i}: {len(ids)} tokens, of them {prompt_len} prompt; it needs a "
                  f"response and must fit max_seq_len={limit}")
@@ -854,7 +860,7 @@ def _sft_term(items: Sequence[tuple[Tensor, int]], run: Run, weight: float = 1.0
 
 
 def _preference_term(better: Sequence, worse: Sequence, loss_fn: Callable, run: Run) -> Term:
-    """Items to prefer to other items, by dpo_loss or spin_loss.
+    """Items to prefer to other items, by a loss of four log-probabilities such as dpo_loss.
 
     The reference is the model as it is now. All that the loss needs of it are its log-
     probabilities; they are computed here, once, so no second model is held and none can drift.
@@ -950,7 +956,7 @@ class SelfPlayConfig(_WritingStageConfig):
 
     kind: ClassVar[str] = "spin"
     train_dataset: Any  # items (ids, prompt_len), or a function of the model that returns them
-    lam: float = 0.1  # lambda of [3]: 0.1, in its last round 5; below 1 it overshoots in the end
+    lam: float = 0.1  # lambda; [3]: 0.1, and 5 in the last round; below 1, LetterWorld overshoots
 
     def terms(self, run: Run) -> tuple[list[Term], dict]:
         items = _items(self.train_dataset, run)
@@ -972,10 +978,10 @@ class _RewardStageConfig(_WritingStageConfig):
 
     prompt_dataset: Any  # instructions (str), or a function of the model that returns them
     beta: float = 0.1  # as in [1]; the larger, the closer the model stays to its reference
-    nll_weight: float = 0.0  # of -log p(chosen): [5], which divides it by the length; not in [1]
+    nll_weight: float = 0.0  # of -log p(chosen), a sum; Eq. 1 of [5] has a mean, [1] has none
     n_candidates: int = 4  # N in [1]
     n_pairs: int | None = None  # None: as many as come up; 3,964 and 6,942 in [1]
-    max_passes: int = 1  # over the prompts, where n_pairs asks for more
+    max_passes: int = 1  # over the prompts, as many as n_pairs takes; all if that is None
     pick_pair: Callable = pick_best_worst
     is_valid_reward: Callable[[float], bool] | None = None  # another reward counts as none
     is_valid_reward_pair: Callable[[float, float], bool] | None = None  # (chosen, rejected)
@@ -990,11 +996,11 @@ class _RewardStageConfig(_WritingStageConfig):
             replies=replies, **self.sampling(run))
         if self.pairs_file is not None:
             _on_main(lambda: save_pairs(self.pairs_file, pairs))
-        better, worse = ([(torch.cat((pair.prompt, response)), len(pair.prompt)) for pair, response
-                          in zip(pairs, side)] for side in list(zip(*pairs))[1:3])
+        better, worse = ([(torch.cat((pair.prompt, getattr(pair, side))), len(pair.prompt))
+                          for pair in pairs] for side in ("chosen", "rejected"))
 
         # DPO asks only that the chosen gain on the rejected. Both may lose, to text that no pair
-        # speaks of; a little of the SFT loss on the chosen, after Eq. 1 of [5], holds against it.
+        # speaks of. A little likelihood of the chosen, after Eq. 1 of [5], prevents this.
         def loss_fn(chosen: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
             losses, *rewards = dpo_loss(chosen, *others, beta=self.beta)
             return losses - self.nll_weight * chosen, *rewards
@@ -1010,7 +1016,7 @@ class SelfRewardDPOConfig(_RewardStageConfig):
     rewarding_model: nn.Module | None = None  # None: itself; another model is the annotator of [4]
     reward_config: RewardConfig | str | None = None  # or the name of one; None: the trainer's first
     n_judge_samples: int = 3  # judgements that are averaged, 3 in [1]
-    max_judge_tokens: int = 32  # of a reply
+    max_judge_tokens: int = 160  # of a reply; the default judge explains before it gives the score
     judge_temperature: float = 0.7
     judge_logit_filter: Callable[[Tensor], Tensor] | None = None
 
@@ -1101,10 +1107,10 @@ def fit(model: nn.Module, terms: Sequence[Term], config: _StageConfig, *, seed: 
             save(step)
         if config.eval_fn is not None and step % config.eval_every == 0:
             with _frozen(model):
-                value = _on_main(lambda: float(config.eval_fn(model)))
-            value, since_best = value if config.eval_mode == "max" else -value, since_best + 1
-            if value > best:
-                best, since_best = value, 0
+                score = _on_main(lambda: float(config.eval_fn(model)))
+            score, since_best = score if config.eval_mode == "max" else -score, since_best + 1
+            if score > best:
+                best, since_best = score, 0
                 best_weights = {name: weight.clone() for name, weight in model.state_dict().items()}
             if since_best == config.patience:
                 break
@@ -1177,9 +1183,15 @@ class SelfRewardingTrainer:
             seconds = round(time.perf_counter() - began, 2)
             records.append(_plain({"stage": stage, "kind": config.kind, "seconds": seconds,
                                    **fitted, **counts, **found}))
-            _on_main(lambda: self._save(self.path(stage), records))
-            _on_main(lambda: self.report(records[-1]))
+            _on_main(lambda: self._finish(stage, records))
         return records
+
+    def _finish(self, stage: int, records: list[dict]) -> None:
+        """From here on, a resume goes on after this stage; no later one of an older run is left."""
+        self._save(self.path(stage), records)
+        for later in range(stage + 1, len(self.configs)):
+            self.path(later).unlink(missing_ok=True)
+        self.report(records[-1])
 
     def _begin(self, overwrite: bool, resume: bool) -> list[dict]:
         """Prepares the folder; after a resume the model is that of the last finished stage, and the
@@ -1189,10 +1201,9 @@ class SelfRewardingTrainer:
         except OSError as error:
             raise ValueError(f"cannot make the folder {self.folder}: {error.strerror}") from error
         if os.environ.get("SRLM_CLEAR_CHECKPOINTS") == "1":
-            for path in self.folder.glob("*.pt"):  # checkpoints, and no other file
-                kinds = r"(sft|spin|self-reward|external-reward)"
-                if re.fullmatch(rf"\d+\.{kinds}(\.step\d+)?\.pt", path.name):
-                    path.unlink()
+            ours = re.compile(r"\d+\.(sft|spin|self-reward|external-reward)(\.step\d+)?\.pt")
+            for path in filter(lambda path: ours.fullmatch(path.name), self.folder.iterdir()):
+                path.unlink()
         for path in map(self.path, range(len(self.configs))):
             _require(resume or overwrite or not path.exists(),
                      f"{path} exists; resume goes on after it, overwrite replaces it")
@@ -1234,7 +1245,7 @@ class SelfRewardingTrainer:
                 later = re.match(r"stage (\d+)", key)  # what follows this stage may be planned anew
                 _require(later is not None and int(later[1]) > stage or now.get(key) == then,
                          f"{path} was made with {key} = {then!r}, not {now.get(key)!r}")
-            self.model.load_state_dict(state["model"])
+            _load_weights(self.model, state, path)
             return state["records"]
         return []
 
@@ -1251,12 +1262,20 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
+def _load_weights(model: nn.Module, state: dict[str, Any], path: str | Path) -> None:
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:  # with a line for each weight
+        raise ValueError(f"{path} holds weights of another model, shape {state['model_config']}: "
+                         f"{str(error).splitlines()[1].strip()}") from error
+
+
 def load_model(path: str | Path) -> Transformer:
     """The built-in Transformer with the weights of a checkpoint."""
     state = load_checkpoint(path)
     _require(state["model_config"] is not None, f"{path} holds weights of another kind of model")
     model = Transformer(ModelConfig(**state["model_config"]))
-    model.load_state_dict(state["model"])
+    _load_weights(model, state, path)
     return model.eval()
 
 
@@ -1292,7 +1311,7 @@ class LetterWorld:
     JUDGE = RewardConfig("? {{ prompt }}\n{{ response }}\n", "= {{ reward }}")
     max_new_tokens = 16  # of an answer
 
-    letters, sizes = "abcdefgh", (4, 5, 6)  # of which a prompt has so many, all different
+    letters, sizes = "abcdefgh", (4, 5, 6)  # a prompt has 4, 5 or 6 different ones
 
     def __init__(self, instructions: Sequence[str] = ("sort",), *, n_eval=200, seed=0):
         self.instructions, self.seed = list(instructions), seed
@@ -1326,7 +1345,8 @@ class LetterWorld:
     def is_valid(self, prompt: str) -> bool:
         """Whether it is a prompt that this world could give."""
         with contextlib.suppress(ValueError):
-            return self.target(prompt) != "" and prompt.split()[0] in self.instructions
+            name, size = prompt.partition(" ")[0], len(self.target(prompt))
+            return name in self.instructions and size in self.sizes
         return False
 
     def points(self, prompt: str, response: str) -> tuple[int, ...]:
@@ -1422,7 +1442,8 @@ def judging_metrics(truth: np.ndarray, judged: np.ndarray) -> dict[str, float | 
     Three of them are made of s_ij = sign(x_i - x_j), taken within each prompt: pairwise accuracy
     over the pairs that truly differ; Kendall's tau-b, the cosine of the two sign tables; and
     Spearman's rho, the cosine of their row sums, which are the ranks about their mean. A judged
-    NaN (no score) ties with everything; a tie is half a hit. None where nothing is defined.
+    NaN (no score) ties with everything; a tie is half a hit; exact means after rounding. None
+    where nothing is defined.
     """
     s, t = (np.nan_to_num(np.sign(x[:, :, None] - x[:, None, :])) for x in (truth, judged))
 
@@ -1486,6 +1507,15 @@ class Options:
     skip_long: bool = _option(False, "leave out, and count, what is longer in your files")
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            least = 0 if name in ("seed", "replay_weight", "nll_weight") else 1
+            fine = type(value) not in (int, float) or least <= value < math.inf
+            _require(fine, f"--{name.replace('_', '-')} is {value}, not {least} or more")
+        try:
+            torch.empty(0, device=self.device)
+        except (AssertionError, RuntimeError) as error:
+            complaint = str(error).splitlines()[0]
+            raise ValueError(f"--device {self.device}: {complaint}") from error
         stages, own = self.stages.split(","), self.sft or self.judged or self.prompts
         for stage in stages:
             _require(stage in ("sft", "self", "spin", "external"),
@@ -1538,33 +1568,41 @@ def read_jsonl(path: str | Path, fields: Sequence[str]) -> list[tuple]:
 
 
 class OwnData:
-    """The user's files in the place of LetterWorld, without an oracle. Every tenth demonstration
-    and judged answer is held out to measure on."""
+    """The user's files in the place of LetterWorld, without an oracle. One of ten prompts is held
+    out of the demonstrations and of the judged answers, with all that answers it, to measure on."""
 
     score, is_valid = None, None
 
     def __init__(self, options: Options):
         def read(path: str, *fields: str) -> tuple[list, list]:
             rows, limit = read_jsonl(path, fields) if path else [], options.max_seq_len
-            sizes = [len(encode(LetterWorld.JUDGE.render(row[0], "".join(row[1:2])))) + 8
-                     for row in rows]
+            sizes = [judge_bytes(row[0], "".join(row[1:2])) for row in rows]
             for number, size in enumerate(sizes, 1):
                 _require(size <= limit or options.skip_long, f"{path}, example {number}: {size} "
                          f"bytes for the judge, but --max-seq-len is {limit}; --skip-long skips it")
             short = [row for row, size in zip(rows, sizes) if size <= limit]
             if len(short) < len(rows):
                 warnings.warn(f"{path}: {len(rows) - len(short)} of {len(rows)} examples skipped, "
-                              f"being longer than {limit} bytes")
-            return [row for i, row in enumerate(short) if i % 10], short[::10]
+                              f"taking the judge more than {limit} bytes")
+            held_out = set(list(dict.fromkeys(row[0] for row in short))[::10])
+            return ([row for row in short if row[0] not in held_out],
+                    [row for row in short if row[0] in held_out][: 5 * options.eval_prompts])
+
+        def judge_bytes(prompt: str, response: str) -> int:  # with a byte to spare, and a verdict
+            return len(encode(LetterWorld.JUDGE.render(prompt, response))) + 9
 
         self.pairs, self.held_out = read(options.sft, "prompt", "response")
         self.judged, self.held_out_judged = read(options.judged, "prompt", "response", "score")
         prompts = sum(read(options.prompts, "prompt"), []) or self.pairs
-        _require(len(self.pairs) > 0, f"{options.sft}: one example of ten is held out; give two")
+        _require(len(self.pairs) > 0, f"{options.sft}: {len(self.held_out)} examples fit, of the "
+                 "prompt that is held out to measure on; none is left to learn from")
         held_out = dict.fromkeys(pair[0] for pair in self.held_out)
         self.eval_prompts = list(held_out)[: options.eval_prompts]
-        self.own_prompts = sorted({prompt[0] for prompt in prompts} - set(self.eval_prompts))
-        self.max_new_tokens = 1 + max(len(encode(pair[1])) for pair in self.pairs)
+        self.own_prompts = sorted({prompt[0] for prompt in prompts} - set(held_out))
+        # The longest answer seen; less if the judge could not read it under the longest prompt.
+        longest = max(judge_bytes(prompt, "") for prompt in [*held_out, *self.own_prompts])
+        self.max_new_tokens = 1 + min(options.max_seq_len - longest,
+                                      max(len(encode(pair[1])) for pair in self.pairs))
 
     def demonstrations(self, n: int) -> list[tuple[str, str]]:
         return self.pairs
@@ -1632,9 +1670,9 @@ def train(options: Options) -> list[dict]:
         return found
 
     def prompts_of(stage: int, model: nn.Module) -> list[str]:
-        n = options.stage_prompts
-        own = proposed()[(stage - 2) * n : (stage - 1) * n] if options.propose else None
-        return own or world.prompts(n, f"stage {stage}")
+        if options.propose:  # each later stage gets its share
+            return proposed()[stage - 2 :: options.stages.count(",")]
+        return world.prompts(options.stage_prompts, f"stage {stage}")
 
     judging = dict(is_valid_reward=lambda reward: 0 <= reward <= 5)
     dpo = dict(learning_rate=2.5e-4, steps=options.dpo_steps, max_new_tokens=world.max_new_tokens,
@@ -1652,12 +1690,19 @@ def train(options: Options) -> list[dict]:
             SelfRewardDPOConfig(max_judge_tokens=16, **judging, **new) if name == "self" else
             ExternalRewardDPOConfig(reward_model=lambda *x: list(map(world.score, *x)), **new))
 
+    all_scores: list = []  # true scores (P, 5) of every model so far
+    lines: list[dict] = [{"model": "demonstrations", "oracle_score": None}]
+    if world.score is not None:
+        lines[0]["oracle_score"] = float(np.mean([world.score(*pair) for pair in pairs]))
+
     def measure(model: nn.Module) -> dict:
         """Both axes of [1]: how well the model writes, and how well it judges."""
         grade = functools.partial(judge, model, LetterWorld.JUDGE, max_new_tokens=16, **judging)
         many = [prompt for prompt in prompts for _ in range(5)]
         responses = respond(model, many, text, world.max_new_tokens)
-        found = {"self_score": float(grade(many, responses).nanmean())}
+        judges, found = can_judge and len(all_scores) > 0, {}  # M0 has never seen a judge prompt
+        if judges:
+            found["self_score"] = float(grade(many, responses).nanmean())
         if world.score is None:
             batch = collate([text.item(*pair) for pair in world.held_out], _device_of(model))
             found["held_out_loss"] = float(sft_loss(model, *batch, -1))
@@ -1668,7 +1713,7 @@ def train(options: Options) -> list[dict]:
             found |= {"oracle_score": float(scores.mean()), "oracle_greedy": greedy,
                       "perfect_rate": float((scores == 5).mean()), "scores": scores.tolist()}
             found |= head_to_head(scores, all_scores[-1]) if all_scores else {}
-        if all_scores and can_judge:  # M0 has never seen a judge prompt
+        if judges:
             asked, answers, truth = to_judge()
             shape = (-1, 5) if world.score else (1, -1)  # without an oracle: all in one comparison
             own = grade(asked, answers).numpy()
@@ -1682,10 +1727,6 @@ def train(options: Options) -> list[dict]:
         _write(folder / "metrics.jsonl", "\n".join([*map(json.dumps, lines), ""]).encode())
         print(_table_row(line), flush=True)
 
-    all_scores: list = []  # true scores (P, 5) of every model so far
-    lines: list[dict] = [{"model": "demonstrations", "oracle_score": None}]
-    if world.score is not None:
-        lines[0]["oracle_score"] = float(np.mean([world.score(*pair) for pair in pairs]))
     model = Transformer(ModelConfig(max_seq_len=options.max_seq_len),
                         torch.Generator().manual_seed(options.seed))
     may_differ = ("stages", "device", "checkpoints", "quick", "resume", "overwrite")
@@ -1723,7 +1764,7 @@ def ask(argv: Sequence[str]) -> None:
         print(f"answer      {response}")
         own = judge(model, world.JUDGE, [prompt], [response], is_valid_reward=lambda r: 0 <= r <= 5)
         print("own score   none" if own.isnan() else f"own score   {float(own):.1f} of 5")
-        if world.is_valid(prompt):
+        with contextlib.suppress(ValueError):  # of a prompt that is none of LetterWorld
             points = world.points(prompt, response)
             named = ", ".join(map("{} {}".format, world.POINTS, points))
             print(f"true score  {sum(points)} of 5: {named}")
@@ -1741,9 +1782,10 @@ def ask(argv: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> list[dict] | None:
     """The command line. A user's mistake ends in one line on standard error and exit code 2."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
-        return ask(argv[1:]) if argv[:1] == ["ask"] else train(Options.parse(argv))
+        with warnings.catch_warnings():  # which puts back how they are shown
+            warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+            return ask(argv[1:]) if argv[:1] == ["ask"] else train(Options.parse(argv))
     except ValueError as error:
         print(f"srlm: {error}", file=sys.stderr)
         sys.exit(2)

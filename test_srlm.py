@@ -16,7 +16,7 @@ test fail here:
  5 pad-like tokens vanish   test_prompt_and_response_make_up_the_item, test_response_mask
  6 reference drifts         test_the_reference_is_the_model_as_the_stage_begins
  7 SPIN's negatives         test_the_reference_is_the_model_as_the_stage_begins
- 8 parser fails or raises   test_every_number_round_trips, test_parse_never_raises
+ 8 parser fails or raises   test_every_number_round_trips_through_any_template, test_parse_never_raises
  9 white space matters      test_white_space_and_case_do_not_matter
 10 prompt injection         test_a_response_cannot_grade_itself
 11 judge without room       test_a_judge_without_room_is_an_error
@@ -217,7 +217,7 @@ def test_what_is_no_character_becomes_a_question_mark():
 
 def transformer(seed, vocab=11, dim=8, depth=2, heads=2, room=12):
     config = srlm.ModelConfig(vocab, dim, depth, heads, room)
-    return srlm.Transformer(config, generator(seed)).double()
+    return srlm.Transformer(config, generator(seed)).to(torch.float64)
 
 
 @given(SEEDS, st.integers(1, 3), st.sampled_from([1, 2]), st.integers(2, 12))
@@ -269,15 +269,15 @@ def transformer_by_hand(model, ids):
 def test_the_transformer_is_its_formula(seed, depth, shape, length):
     model = transformer(seed, dim=shape[0], heads=shape[1], depth=depth)
     with torch.no_grad():
-        for weight in model.parameters():
-            weight += 0.1 * torch.randn(weight.shape, generator=generator(seed), dtype=weight.dtype)
+        for weight, rng in zip(model.parameters(), map(generator, range(seed, seed + 99))):
+            weight += 0.1 * torch.randn(weight.shape, generator=rng, dtype=weight.dtype)
     ids = torch.randint(0, 11, (1, length), generator=generator(seed))
     close(model(ids)[0], transformer_by_hand(model, ids[0]), 1e-5)  # the angles are made in float32
 
 
 def test_the_initial_weights_have_the_size_of_their_purpose():
     """Standard deviations fan_in^-1/2, those that add to the stream divided by (2 depth)^1/2; at
-    4,096 draws or more, 6 % is five standard errors: false alarms once in a million runs."""
+    4,096 draws or more, 6 % is five standard errors, which a seed in a million exceeds; not this one."""
     model = srlm.Transformer(srlm.ModelConfig(), generator(0))
     for name, weight in model.named_parameters():
         if weight.ndim == 1:
@@ -1716,6 +1716,22 @@ def test_checkpoints_are_never_overwritten_unasked(tmp_path):
     assert (tmp_path / "1.spin.pt").read_bytes() != before
 
 
+def test_an_overwrite_that_was_cut_off_is_resumed_not_the_older_run(tmp_path):
+    def interrupt(model):
+        calls.append(model)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return {}
+
+    stages, calls = [stage("sft"), stage("spin"), stage("sft")], []
+    trainer(tmp_path, stages, Tiny(seed=1))()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, stages, evaluate=interrupt)(overwrite_checkpoints=True)
+    records = trainer(tmp_path, stages, resumed := Tiny())(resume=True)
+    assert timeless(records) == timeless(trainer(tmp_path / "undisturbed", stages, model := Tiny())())
+    same(weights(resumed), weights(model))
+
+
 def test_clearing_removes_checkpoints_and_no_other_file(tmp_path, monkeypatch):
     trainer(tmp_path, [stage("sft", checkpoint_every=2)])()
     other = ["mine.pt", "0.mine.pt", "0.sft.txt", "x0.sft.pt", "metrics.jsonl", "0.sft.pt.damaged"]
@@ -1794,6 +1810,9 @@ def test_a_model_is_loaded_as_it_was_saved(tmp_path):
     loaded, ids = srlm.load_model(tmp_path / "0.sft.pt"), torch.tensor([[1, 2, 3]])
     assert loaded.config == model.config and not loaded.training
     same(loaded(ids), model(ids))
+    wider = srlm.Transformer(srlm.ModelConfig(9, 8, 1, 1, 30, mlp_ratio=3), generator(0))
+    with pytest.raises(ValueError, match=r"0\.sft\.pt holds weights of another model.*ratio.*size mismatch"):
+        trainer(tmp_path, [stage("sft"), stage("spin")], wider)(resume=True)
     trainer(tmp_path / "tiny", [stage("sft")])()
     with pytest.raises(ValueError, match="another kind of model"):
         srlm.load_model(tmp_path / "tiny" / "0.sft.pt")
@@ -1867,7 +1886,8 @@ def test_a_data_set_may_be_a_function_of_the_model():
 
 
 @pytest.mark.parametrize("items, complaint", [
-    (lambda model: [], "empty"), ([ITEMS[0], (torch.tensor([1, 2]), 2)], "item 1: 2 tokens.*2"),
+    (lambda model: [], "empty"), ([([], 0)], "item 0: 0 tokens"),
+    ([ITEMS[0], (torch.tensor([1, 2]), 2)], "item 1: 2 tokens.*2"),
     ([(torch.tensor([1] * 31), 2)], "item 0: 31 tokens.*30"), ([([9, 9], 0)], "item 0: 0 tokens")])
 def test_training_items_without_a_response_or_too_long_are_refused(items, complaint, tmp_path):
     model = srlm.Transformer(srlm.ModelConfig(9, 8, 1, 1, 30), generator(0))
@@ -1943,10 +1963,11 @@ def test_targets_by_hand():
     assert [WORLD.target(f"{name} dbca") for name in srlm.INSTRUCTIONS] == ["abcd", "dbca", "acbd", "bcad"]
     assert list(srlm.INSTRUCTIONS) == ["sort", "copy", "reverse", "rotate"]
     for wrong in ("sort", "sort a", "sort aa", "sort xyz", "dance ab", "", "sort ab c"):
-        assert not WORLD.is_valid(wrong)
+        assert not WORLD.is_valid(wrong) and not WORLD.is_valid("sort abc")
         with pytest.raises(ValueError, match=re.escape(repr(wrong))):
             WORLD.target(wrong)
-    assert WORLD.is_valid("copy ba") and not srlm.LetterWorld(["sort"]).is_valid("copy ba")
+    assert WORLD.is_valid("copy dbca") and not srlm.LetterWorld(["sort"]).is_valid("copy dbca")
+    assert WORLD.is_valid("sort fedcba") and not WORLD.is_valid("sort gfedcba")
 
 
 @given(PROMPTS)
@@ -2002,7 +2023,10 @@ def test_a_world_ends_somewhere():
             srlm.LetterWorld(wrong)
 
 
-def test_judging_data_say_the_truth(tmp_path):
+TIDY = r"(Sure: )?[a-h]*\.?"  # what a demonstrator writes
+
+
+def test_judging_data_say_the_truth():
     """Verdicts are true, prompts are not those of the evaluation, and a model wrote some answers."""
     world = srlm.LetterWorld(["sort"], n_eval=6, seed=2)
     model = Scripted(lambda asked: ["Sure: abcd.", "acb"])
@@ -2012,6 +2036,8 @@ def test_judging_data_say_the_truth(tmp_path):
         assert verdict == f"{''.join(map(str, graded(prompt, response)))} = {sum(graded(prompt, response))}"
     assert {"Sure: abcd.", "acb"} <= {row[1] for row in rows} and len({row[1] for row in rows}) > 20
     assert rows == world.judgements(60, model, False)
+    assert any(re.fullmatch(TIDY, row[1]) is None for row in rows)
+    assert all(re.fullmatch(TIDY, row[1]) for row in world.judgements(60, model, True))
     judged = world.to_judge(model)
     assert [row[0] for row in judged] == [prompt for prompt in world.eval_prompts for _ in range(5)]
     assert all(sum(graded(*row[:2])) == row[2] for row in judged)
@@ -2210,6 +2236,9 @@ def test_mistakes_end_in_one_line_and_exit_code_2(quick, capsys, tmp_path):
     assert "none of sft" in refused(capsys, "--stages", "sft,dance")
     assert "begin with sft" in refused(capsys, "--stages", "self")
     assert "dance" in refused(capsys, "--instructions", "dance")
+    assert "--device nowhere: " in refused(capsys, "--device", "nowhere")
+    assert "--eval-prompts is 0, not 1 or more" in refused(capsys, "--eval-prompts", 0)
+    assert "--nll-weight is nan, not 0 or more" in refused(capsys, "--nll-weight", "nan")
     assert "mine.jsonl" in refused(capsys, "--stages", "sft", "--sft", tmp_path / "mine.jsonl")
     assert "needs --judged" in refused(capsys, "--sft", "x", "--stages", "sft,self")
     assert "--sft" in refused(capsys, "--judged", "x")
@@ -2237,6 +2266,19 @@ def test_every_option_is_documented_and_has_a_type(capsys):
     assert options.sft_steps < srlm.Options.parse([]).sft_steps
 
 
+def judging_data(trainer):
+    """The judge prompts that M1 learns from, which follow 40 demonstrations."""
+    return [srlm.decode(ids[:length]) for ids, length in trainer["stages"][1].train_dataset(None)[40:]]
+
+
+def are_proposed(two, three):
+    """Whether two later stages have prompts of their own that are not simply drawn."""
+    world = srlm.LetterWorld(n_eval=3)
+    assert all(map(world.is_valid, two + three)) and len(set(two + three)) == len(two + three) > 1
+    assert not set(two + three) & set(world.eval_prompts) and abs(len(two) - len(three)) < 2
+    return two != world.prompts(4, "stage 2") and three != world.prompts(4, "stage 3")
+
+
 @pytest.mark.parametrize("flag, value, reach", [
     ("--seed", 7, lambda trainer: trainer["seed"]),
     ("--checkpoints", "here", lambda trainer: str(trainer["checkpoints_folder"])),
@@ -2247,8 +2289,16 @@ def test_every_option_is_documented_and_has_a_type(capsys):
     ("--nll-weight", 0.5, lambda trainer: trainer["stages"][3].nll_weight),
     ("--demonstrations", 77, lambda trainer: len(trainer["stages"][0].train_dataset)),
     ("--stage-prompts", 7, lambda trainer: len(trainer["stages"][2].prompt_dataset(None))),
-    ("--max-seq-len", 77, lambda trainer: trainer["model"].max_seq_len)])
-def test_a_flag_reaches_what_it_names(flag, value, reach, monkeypatch):
+    ("--max-seq-len", 77, lambda trainer: trainer["model"].max_seq_len),
+    ("--device", "meta", lambda trainer: trainer["device"]),
+    ("--instructions", "copy", lambda trainer: srlm.decode(trainer["stages"][0].train_dataset[0][0])[2:6]),
+    ("--eval-prompts", 7, lambda trainer: len(trainer["evaluate"](trainer["model"])["scores"])),
+    ("--judgements", 9, lambda trainer: len(judging_data(trainer))),
+    ("--tidy", True, lambda trainer: all(re.fullmatch(rf"\? .*\n{TIDY}\n", asked)
+                                         for asked in judging_data(trainer))),
+    ("--propose", True, lambda trainer: are_proposed(*(trainer["stages"][i].prompt_dataset(None)
+                                                       for i in (2, 3))))])
+def test_a_flag_reaches_what_it_names(flag, value, reach, quick, monkeypatch):
     class Reached(Exception):
         pass
 
@@ -2256,19 +2306,22 @@ def test_a_flag_reaches_what_it_names(flag, value, reach, monkeypatch):
         raise Reached(kwargs | {"model": model, "stages": stages})
 
     monkeypatch.setattr(srlm, "SelfRewardingTrainer", caught)
+    short = [*SHORT, "--checkpoints", str(quick[0])]
     with pytest.raises(Reached) as default:
-        srlm.main(SHORT)
+        srlm.main(short)
     with pytest.raises(Reached) as changed:
-        srlm.main([*SHORT, flag, str(value)])
+        srlm.main([*short, flag] if value is True else [*short, flag, str(value)])
     assert reach(changed.value.args[0]) == value != reach(default.value.args[0])
 
 
 def test_spin_and_external_stages_run_from_the_command_line(capsys, tmp_path):
+    srlm.main([*SHORT, "--stages", "sft", "--checkpoints", str(tmp_path / "sft")])
+    assert " against " not in capsys.readouterr().out  # there is nobody to compare M1 with
     lines = srlm.main([*SHORT, "--stages", "sft,spin,external", "--checkpoints", str(tmp_path),
                        "--instructions", "sort,copy", "--base-steps", "50", "--demonstrations", "99"])
     assert [line.get("kind") for line in lines] == [None, "sft", "sft", "spin", "external-reward"]
     assert json.loads(json.dumps(lines)) == metrics(tmp_path)
-    assert "M3" in capsys.readouterr().out
+    assert "M3 against M1" in capsys.readouterr().out
 
 
 def test_ones_own_data_take_the_place_of_the_world(capsys, tmp_path):
@@ -2293,6 +2346,25 @@ def test_ones_own_data_take_the_place_of_the_world(capsys, tmp_path):
     assert re.search(r"example 25: 1\d\d bytes .* is 64", refused(capsys, *argv, "--overwrite"))
     srlm.main([*argv, "--overwrite", "--skip-long", "--stages", "sft"])
     assert "1 of 25 examples skipped" in capsys.readouterr().err
+
+
+def test_own_prompts_are_held_out_whole_and_every_answer_leaves_the_judge_room(tmp_path):
+    rows = [{"prompt": f"say {i % 25}", "response": f"{i}"} for i in range(60)]
+    rows += [{"prompt": "p" * 50, "response": "r"}, {"prompt": "p", "response": "r" * 50}]
+    (tmp_path / "sft").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "judged").write_text("\n".join(json.dumps(row | {"score": 2.5}) for row in rows))
+    options = srlm.Options(sft=tmp_path / "sft", judged=tmp_path / "judged", max_seq_len=80)
+    world = srlm.OwnData(options)
+    for kept, held_out in ((world.pairs, world.held_out), (world.judged, world.held_out_judged)):
+        assert len(kept) + len(held_out) == 62 and len(kept) == 62 - 7
+        assert {row[0] for row in held_out} == {"say 0", "say 10", "say 20"}
+        assert not {row[0] for row in held_out} & {row[0] for row in kept}
+    assert world.eval_prompts == ["say 0", "say 10", "say 20"] and len(world.own_prompts) == 24
+    assert not set(world.own_prompts) & set(world.eval_prompts)
+    longest = srlm.LetterWorld.JUDGE.render("p" * 50, "r" * world.max_new_tokens)
+    assert len(longest) == 80 - len("= 2.5") - 3 and world.max_new_tokens < 50
+    few = srlm.OwnData(dataclasses.replace(options, eval_prompts=1))
+    assert few.eval_prompts == ["say 0"] and len(few.held_out) == len(few.held_out_judged) == 5
 
 
 def test_ctrl_c_ends_at_once_with_one_line_that_says_how_to_resume(tmp_path):
@@ -2447,7 +2519,7 @@ def test_several_processes_train_to_the_weights_of_one(tmp_path):
 def test_a_process_that_dies_ends_the_others_and_the_run_can_be_resumed(tmp_path):
     began = time.monotonic()
     assert in_two_processes("train_until_one_dies", tmp_path / "run") != 0
-    assert time.monotonic() - began < 90
+    assert time.monotonic() - began < 180
     assert os.listdir(tmp_path / "run") == ["0.sft.pt"]
     model, other = Tiny(), Tiny()
     stages = [stage("sft"), stage("external-reward", **MANY["external-reward"])]
