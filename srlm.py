@@ -76,6 +76,7 @@ def _join_processes() -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from now on
+        from torch.distributed import nn as _  # if imported later, it would keep the group alive
         dist.init_process_group(timeout=datetime.timedelta(days=1))  # gloo on CPU, nccl on CUDA
         atexit.register(dist.destroy_process_group)
 

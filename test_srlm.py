@@ -2368,8 +2368,9 @@ def test_own_prompts_are_held_out_whole_and_every_answer_leaves_the_judge_room(t
 
 
 def test_ctrl_c_ends_at_once_with_one_line_that_says_how_to_resume(tmp_path):
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # which jobs in the background ignore
     process = subprocess.Popen([sys.executable, SCRIPT, "--quick", "--checkpoints", "run"], cwd=tmp_path,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     while not process.stdout.readline().startswith("demonstrations"):
         pass
     began = time.monotonic()
