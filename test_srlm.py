@@ -2037,7 +2037,7 @@ def test_judging_data_say_the_truth():
     assert {"Sure: abcd.", "acb"} <= {row[1] for row in rows} and len({row[1] for row in rows}) > 20
     assert rows == world.judgements(60, model, False)
     assert any(re.fullmatch(TIDY, row[1]) is None for row in rows)
-    assert all(re.fullmatch(TIDY, row[1]) for row in world.judgements(60, model, True))
+    assert all(re.fullmatch(TIDY, row[1]) for row in world.judgements(60, None, True))
     judged = world.to_judge(model)
     assert [row[0] for row in judged] == [prompt for prompt in world.eval_prompts for _ in range(5)]
     assert all(sum(graded(*row[:2])) == row[2] for row in judged)
@@ -2363,6 +2363,8 @@ def test_own_prompts_are_held_out_whole_and_every_answer_leaves_the_judge_room(t
     assert not set(world.own_prompts) & set(world.eval_prompts)
     longest = srlm.LetterWorld.JUDGE.render("p" * 50, "r" * world.max_new_tokens)
     assert len(longest) == 80 - len("= 2.5") - 3 and world.max_new_tokens < 50
+    (tmp_path / "prompts").write_text('{"prompt": "say 10"}\n{"prompt": "say 99"}')
+    assert srlm.OwnData(dataclasses.replace(options, prompts=tmp_path / "prompts")).own_prompts == ["say 99"]
     few = srlm.OwnData(dataclasses.replace(options, eval_prompts=1))
     assert few.eval_prompts == ["say 0"] and len(few.held_out) == len(few.held_out_judged) == 5
 
