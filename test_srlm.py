@@ -1895,6 +1895,16 @@ def test_training_items_without_a_response_or_too_long_are_refused(items, compla
         trainer(tmp_path, [stage("sft", train_dataset=items)], model)()
 
 
+def test_a_prompt_may_be_empty(tmp_path):
+    """The first token is predicted from nothing, so a prompt of none is as good as one of one."""
+    found = []
+    for n in (0, 1):
+        items = [(ids, n) for ids, _ in ITEMS]
+        trainer(tmp_path / str(n), [stage("sft", train_dataset=items)], model := Tiny())()
+        found.append(weights(model))
+    same(*found)
+
+
 def test_the_stages_of_the_paper(tmp_path):
     recipe = dict(sft_dataset=ITEMS, prompt_dataset=WORDS, sft=dict(steps=2),
                   dpo=dict(steps=1, max_new_tokens=4, max_judge_tokens=3))
