@@ -532,6 +532,7 @@ def test_the_ends_of_the_noise_draw_what_the_filter_leaves(noise, token, monkeyp
 
 @pytest.mark.parametrize("prompts, how, complaint", [
     ([[1], []], {}, "prompt 1 has 0 tokens"),
+    (torch.tensor([[1, 9], [9, 9]]), {"pad_id": 9}, "prompt 1 has 0 tokens"),
     ([[1] * 6], {}, "prompt 0 has 6 tokens.*6"),
     ([[1]], {"max_new_tokens": 0}, "max_new_tokens = 0"),
     ([[1]], {"temperature": -1.0}, "temperature"),
@@ -1077,6 +1078,11 @@ def test_prompt_and_response_make_up_the_item(prompt, response, template):
         assert n == len(encode(prompt + "{}" * template)) and text.text(ids[n:]) == response
 
 
+def test_a_prompt_that_is_no_text_is_refused():
+    with pytest.raises(ValueError, match="a prompt is a text, not a Tensor"):
+        srlm.TextFormat().prompt_ids(torch.tensor([1, 2]))
+
+
 @given(SEEDS, st.integers(2, 5), st.sampled_from([None, 1, 60]), st.integers(1, 2))
 def test_pairs_are_what_they_say(seed, n_candidates, n_pairs, max_passes):
     """As many as they say, of the prompts in their order, the better one first; and every visit is
@@ -1199,7 +1205,7 @@ def test_candidates_are_needed_to_compare():
         write(n_candidates=1)
 
 
-def test_saved_pairs_are_read_back(tmp_path):
+def test_saved_pairs_are_read_back(tmp_path, monkeypatch):
     pairs, _ = write()
     srlm.save_pairs(tmp_path / "new" / "pairs.npz", pairs)
     found = srlm.load_pairs(tmp_path / "new" / "pairs.npz")
@@ -1213,6 +1219,12 @@ def test_saved_pairs_are_read_back(tmp_path):
             srlm.load_pairs(tmp_path / "bad.npz")
     with pytest.raises(ValueError, match="missing.npz"):
         srlm.load_pairs(tmp_path / "missing.npz")
+    with np.load(tmp_path / "new" / "pairs.npz") as arrays:  # whole but for an object in it
+        np.savez(tmp_path / "bomb.npz", **dict(arrays) | {"rewards": np.array([Bomb()], dtype=object)})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="bomb.npz"):
+        srlm.load_pairs("bomb.npz")
+    assert not os.path.exists("exploded")
 
 
 @given(SEEDS, st.integers(1, 6))
@@ -1359,7 +1371,7 @@ def test_every_field_changes_what_happens(kind, field, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind, field, value", [
-    ("sft", "steps", 0), ("sft", "batch_size", 0), ("sft", "learning_rate", 0.0),
+    ("sft", "steps", 0), ("sft", "steps", math.inf), ("sft", "batch_size", 0), ("sft", "learning_rate", 0.0),
     ("sft", "eval_mode", "best"),
     ("sft", "eval_every", 0), ("sft", "patience", 0), ("sft", "checkpoint_every", 0), ("sft", "warmup", -1),
     ("sft", "max_grad_norm", 0), ("sft", "weight_decay", -1), ("sft", "learning_rate", NAN),
@@ -1893,6 +1905,12 @@ def test_training_items_without_a_response_or_too_long_are_refused(items, compla
     model = srlm.Transformer(srlm.ModelConfig(9, 8, 1, 1, 30), generator(0))
     with pytest.raises(ValueError, match=r"stage 0 \(sft\).*" + complaint):
         trainer(tmp_path, [stage("sft", train_dataset=items)], model)()
+
+
+def test_the_device_is_where_the_model_lives(tmp_path):
+    assert trainer(tmp_path, [stage("sft")], model := Tiny()).model is model
+    moved = trainer(tmp_path, [stage("sft")], Tiny(), device="meta").model
+    assert {weight.device.type for weight in moved.parameters()} == {"meta"}
 
 
 def test_a_prompt_may_be_empty(tmp_path):
