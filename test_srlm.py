@@ -1078,6 +1078,34 @@ def test_prompt_and_response_make_up_the_item(prompt, response, template):
         assert n == len(encode(prompt + "{}" * template)) and text.text(ids[n:]) == response
 
 
+@given(SEEDS, st.sampled_from([0, 0.5, 1]))
+def test_answers_and_replies_are_drawn_as_asked_for(seed, temperature):
+    """respond() and judge() are sample(), with the caller's temperature, length and end of sequence."""
+    model = HashModel(9, seed)
+    text = srlm.TextFormat(lambda text: [ord(letter) % 9 for letter in text],
+                           lambda ids: "".join(map(str, ids.tolist())), eos_id=3)
+    how = dict(max_new_tokens=12, temperature=temperature)
+
+    def sampled(texts):
+        torch.manual_seed(seed)
+        rows = srlm.sample(model, [text.encode(asked) for asked in texts], eos_id=3, **how)
+        return ["".join(map(str, row.tolist())).removesuffix("3") for row in rows]
+
+    expected, heard = sampled(["ab", "cde"]), []
+    torch.manual_seed(seed)
+    assert srlm.respond(model, ["ab", "cde"], text, *how.values()) == expected
+    expected = sampled(["abx", "abx", "cdey", "cdey"])
+    config = srlm.RewardConfig("{{ prompt }}{{ response }}", "{{ reward }}")
+    torch.manual_seed(seed)
+    srlm.judge(model, config, ["ab", "cde"], ["x", "y"], encode=text.encode, decode=text.decode, eos_id=3,
+               n_samples=2, on_reply=heard.append, **how)
+    assert heard == expected
+
+
+def test_by_default_a_prompt_is_sent_as_it_is():
+    same(srlm.TextFormat().prompt_ids("ab"), torch.tensor(srlm.encode("ab")))
+
+
 def test_a_prompt_that_is_no_text_is_refused():
     with pytest.raises(ValueError, match="a prompt is a text, not a Tensor"):
         srlm.TextFormat().prompt_ids(torch.tensor([1, 2]))
@@ -1207,19 +1235,20 @@ def test_candidates_are_needed_to_compare():
 
 def test_saved_pairs_are_read_back(tmp_path, monkeypatch):
     pairs, _ = write()
-    srlm.save_pairs(tmp_path / "new" / "pairs.npz", pairs)
-    found = srlm.load_pairs(tmp_path / "new" / "pairs.npz")
-    assert os.listdir(tmp_path / "new") == ["pairs.npz"]
+    path = tmp_path / "brand" / "new" / "pairs.npz"
+    srlm.save_pairs(path, pairs)
+    found = srlm.load_pairs(path)
+    assert os.listdir(path.parent) == ["pairs.npz"]
     assert all(isinstance(pair, srlm.PreferencePair) for pair in found)
     same([list(pair) for pair in found], [list(pair) for pair in pairs])
-    whole = (tmp_path / "new" / "pairs.npz").read_bytes()
+    whole = path.read_bytes()
     for content in (b"", b"nonsense", whole[: len(whole) // 2]):
         (tmp_path / "bad.npz").write_bytes(content)
         with pytest.raises(ValueError, match="bad.npz"):
             srlm.load_pairs(tmp_path / "bad.npz")
     with pytest.raises(ValueError, match="missing.npz"):
         srlm.load_pairs(tmp_path / "missing.npz")
-    arrays = dict(np.load(tmp_path / "new" / "pairs.npz"))
+    arrays = dict(np.load(path))
     monkeypatch.chdir(tmp_path)
     for rewards in (arrays["rewards"][1:], np.array([Bomb()] * len(pairs), dtype=object)):
         np.savez("other.npz", **arrays | {"rewards": rewards})
