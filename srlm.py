@@ -217,13 +217,13 @@ class Transformer(nn.Module):
                                 generator=generator)
         speed = 10_000.0 ** -torch.linspace(0, 1, config.dim // config.heads // 2)  # radians
         angle = torch.arange(config.max_seq_len)[:, None] * speed
-        self.register_buffer("angle", angle, persistent=False)
+        turns = torch.view_as_real(torch.polar(torch.ones_like(angle), angle))
+        self.register_buffer("turns", turns, persistent=False)  # real: .to(dtype) keeps both parts
 
     def _hidden(self, ids: Tensor, read: Tensor | None = None) -> Tensor:
         _require(ids.shape[1] <= self.max_seq_len,
                  f"Transformer: {ids.shape[1]} tokens, but max_seq_len={self.max_seq_len}")
-        x, angle = self.embedding(ids), self.angle[: ids.shape[1]]
-        turns = torch.polar(torch.ones_like(angle), angle)  # (T, D/2H), complex
+        x, turns = self.embedding(ids), torch.view_as_complex(self.turns[: ids.shape[1]])
         for block in self.blocks[:-1]:
             x = block(x, turns)
         return self.norm(self.blocks[-1](x, turns, read))
