@@ -1512,11 +1512,6 @@ class Options:
             least = 0 if name in ("seed", "replay_weight", "nll_weight") else 1
             fine = type(value) not in (int, float) or least <= value < math.inf
             _require(fine, f"--{name.replace('_', '-')} is {value}, not {least} or more")
-        try:
-            torch.empty(0, device=self.device)
-        except (AssertionError, RuntimeError) as error:
-            complaint = str(error).splitlines()[0]
-            raise ValueError(f"--device {self.device}: {complaint}") from error
         stages, own = self.stages.split(","), self.sft or self.judged or self.prompts
         for stage in stages:
             _require(stage in ("sft", "self", "spin", "external"),
@@ -1647,6 +1642,12 @@ def _table_row(line: dict) -> str:
 def train(options: Options) -> list[dict]:
     """The training run: M0 (SFT on whole texts), M1 (SFT on answers and verdicts), later stages.
     Prints the table as it grows; returns the lines of metrics.jsonl."""
+    _join_processes()  # before the first use of a device, for each has its own
+    try:
+        torch.empty(0, device=options.device)
+    except (AssertionError, RuntimeError) as error:
+        complaint = str(error).splitlines()[0]
+        raise ValueError(f"--device {options.device}: {complaint}") from error
     world: Any = OwnData(options) if options.sft else LetterWorld(
         options.instructions.split(","), n_eval=options.eval_prompts, seed=options.seed)
     pairs, prompts = world.demonstrations(options.demonstrations), world.eval_prompts
