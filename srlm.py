@@ -1570,6 +1570,9 @@ class OwnData:
     score, is_valid = None, None
 
     def __init__(self, options: Options):
+        def judge_bytes(prompt: str, response: str) -> int:  # with a byte to spare, and a verdict
+            return len(encode(LetterWorld.JUDGE.render(prompt, response))) + 9
+
         def read(path: str, *fields: str) -> tuple[list, list]:
             rows, limit = read_jsonl(path, fields) if path else [], options.max_seq_len
             sizes = [judge_bytes(row[0], "".join(row[1:2])) for row in rows]
@@ -1583,9 +1586,6 @@ class OwnData:
             held_out = set(list(dict.fromkeys(row[0] for row in short))[::10])
             return ([row for row in short if row[0] not in held_out],
                     [row for row in short if row[0] in held_out][: 5 * options.eval_prompts])
-
-        def judge_bytes(prompt: str, response: str) -> int:  # with a byte to spare, and a verdict
-            return len(encode(LetterWorld.JUDGE.render(prompt, response))) + 9
 
         self.pairs, self.held_out = read(options.sft, "prompt", "response")
         self.judged, self.held_out_judged = read(options.judged, "prompt", "response", "score")
@@ -1661,19 +1661,20 @@ def train(options: Options) -> list[dict]:
         TextFormat().item(LetterWorld.JUDGE.render(prompt, response), verdict) for prompt, response,
         verdict in world.judgements(options.judgements, base(), options.tidy)])
 
+    n_later = options.stages.count(",")  # stages after M1
+
     @functools.cache
     def proposed() -> list[str]:
         known = [pair[0] for pair in pairs] + prompts
         with _seeded(options.seed, 1):
-            n = options.stage_prompts * options.stages.count(",")
-            found, counts = propose_prompts(base(), n, text=text, known=known,
-                                            is_valid=world.is_valid)
+            found, counts = propose_prompts(base(), options.stage_prompts * n_later, text=text,
+                                            known=known, is_valid=world.is_valid)
         print("prompts by M0: {written} written, {valid} valid, {new} new".format(**counts))
         return found
 
     def prompts_of(stage: int, model: nn.Module) -> list[str]:
         if options.propose:  # each later stage gets its share
-            return proposed()[stage - 2 :: options.stages.count(",")]
+            return proposed()[stage - 2 :: n_later]
         return world.prompts(options.stage_prompts, f"stage {stage}")
 
     judging = dict(is_valid_reward=lambda reward: 0 <= reward <= 5)
@@ -1702,9 +1703,8 @@ def train(options: Options) -> list[dict]:
         grade = functools.partial(judge, model, LetterWorld.JUDGE, max_new_tokens=16, **judging)
         many = [prompt for prompt in prompts for _ in range(5)]
         responses = respond(model, many, text, world.max_new_tokens)
-        judges, found = can_judge and len(all_scores) > 0, {}  # M0 has never seen a judge prompt
-        if judges:
-            found["self_score"] = float(grade(many, responses).nanmean())
+        judges = can_judge and len(all_scores) > 0  # M0 has never seen a judge prompt
+        found = {"self_score": float(grade(many, responses).nanmean())} if judges else {}
         if world.score is None:
             batch = collate([text.item(*pair) for pair in world.held_out], _device_of(model))
             found["held_out_loss"] = float(sft_loss(model, *batch, -1))

@@ -2021,11 +2021,12 @@ def test_targets_by_hand():
     assert [WORLD.target(f"{name} dbca") for name in srlm.INSTRUCTIONS] == ["abcd", "dbca", "acbd", "bcad"]
     assert list(srlm.INSTRUCTIONS) == ["sort", "copy", "reverse", "rotate"]
     for wrong in ("sort", "sort a", "sort aa", "sort xyz", "dance ab", "", "sort ab c"):
-        assert not WORLD.is_valid(wrong) and not WORLD.is_valid("sort abc")
+        assert not WORLD.is_valid(wrong)
         with pytest.raises(ValueError, match=re.escape(repr(wrong))):
             WORLD.target(wrong)
     assert WORLD.is_valid("copy dbca") and not srlm.LetterWorld(["sort"]).is_valid("copy dbca")
-    assert WORLD.is_valid("sort fedcba") and not WORLD.is_valid("sort gfedcba")
+    assert WORLD.is_valid("sort fedcba")
+    assert not WORLD.is_valid("sort abc") and not WORLD.is_valid("sort gfedcba")
 
 
 @given(PROMPTS)
@@ -2580,7 +2581,7 @@ def test_several_processes_train_to_the_weights_of_one(tmp_path):
 def test_a_process_that_dies_ends_the_others_and_the_run_can_be_resumed(tmp_path):
     began = time.monotonic()
     assert in_two_processes("train_until_one_dies", tmp_path / "run") != 0
-    assert time.monotonic() - began < 180
+    assert time.monotonic() - began < 90
     assert os.listdir(tmp_path / "run") == ["0.sft.pt"]
     model, other = Tiny(), Tiny()
     stages = [stage("sft"), stage("external-reward", **MANY["external-reward"])]
