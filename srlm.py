@@ -1,208 +1,426 @@
 r"""Self-Rewarding Language Models: the whole training loop in one file.
 
-A language model writes several answers to a prompt, grades them itself through a judge prompt, and
-is trained to prefer the answer that it graded best to the one that it graded worst. Repeat. In the
-small world built into this file the true score of every answer is known, and the answers end up
-better than the demonstrations that the model was first taught from.
+A language model writes several answers to each prompt, grades them itself, and is trained to prefer
+the answer that it graded best to the one that it graded worst. Repeated, this makes its answers
+better than the demonstrations it learned from, as long as it grades better than it writes.
 
-    python srlm.py              # about two minutes on a laptop CPU: M0, M1, M2, M3
-    python srlm.py --quick      # the same path with smaller numbers
+    M0   the base model, trained on whole texts, prompts and answers alike
+    M1   M0 after supervised fine-tuning (SFT) on demonstrations and on graded answers
+    M2   M1 after DPO on pairs of answers that M1 wrote and graded itself
+    M3   M2 after DPO on pairs of answers that M2 wrote and graded itself
+
+The loop in pseudocode, with the function names of this file and the sections that explain them:
+
+    fit(model, sft_objective(demonstrations))                            # M0          sections 3, 8
+    fit(model, sft_objective(demonstrations + graded answers))           # M1
+    for each round:                                                      # M2, M3      section 9
+        for each prompt:                                                 #             section 7
+            answers = sample(model, n_candidates times the prompt)       # write       section 4
+            rewards = judge(model, the prompt, answers)                  # judge       section 6
+            chosen, rejected = pick_best_worst(rewards)                  # pair
+        for each pair:                                                   # freeze the reference
+            ref_chosen   = sequence_logprobs(model, prompt + chosen)     #             section 5
+            ref_rejected = sequence_logprobs(model, prompt + rejected)
+        for each batch of pairs:                                         # minimise    section 8
+            policy_chosen, policy_rejected = the same, with gradients
+            loss = dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
+            one step of AdamW
+
+To run it on a CPU:
+
+    python srlm.py              # M0 to M3 in about a minute, with a table of how good they are
+    python srlm.py --quick      # the same with smaller numbers
     python srlm.py ask checkpoints/3.self-reward.pt "sort dbca"
 
-Sources, cited below by number:
-  [1] arXiv:2401.10020  Self-Rewarding Language Models (Yuan et al.): the loop, its judge, figures
-  [2] arXiv:2305.18290  Direct Preference Optimization (Rafailov et al.): the loss
-  [3] arXiv:2401.01335  Self-Play Fine-Tuning, SPIN (Chen et al.): the same loss, data against self
-  [4] arXiv:2402.04792  Online AI Feedback (Guo et al.): another model as the judge
-  [5] arXiv:2404.19733  Iterative RPO (Pang et al.): DPO that keeps hold of the chosen answers
+Part I is the algorithm, in the order in which one would teach it. Part II is engineering: checks,
+files, resuming, several processes, the command line. Part I can be read without Part II.
 
-Left out, and why: a KV cache and mixed precision hide the algorithm; dropout, so that the DPO loss
-starts at exactly log 2; a pretrained model, since any causal one fits (section 2 says how).
+Sources, cited as [1] to [5]:
+    [1] arXiv:2401.10020  Self-Rewarding Language Models: the loop, its judge, its figures
+    [2] arXiv:2305.18290  Direct Preference Optimization (DPO): the loss
+    [3] arXiv:2401.01335  Self-Play Fine-Tuning (SPIN): the same loss, data against samples
+    [4] arXiv:2402.04792  Online AI Feedback: another model as the judge
+    [5] arXiv:2404.19733  Iterative Reasoning Preference Optimization: DPO with a likelihood term
 
-Shapes: B batch, T time (tokens), V vocabulary, N candidates of one prompt, P prompts, H heads,
-D width of the model.
+Left out of [1]: the pretrained 70B model (0.16M weights show the loop in a minute), prompts written
+by a second model (a program draws them), filtering them for similarity, dropout (without it the DPO
+loss starts at exactly log 2). Left out of [3]: losses other than the logistic one, negatives kept
+from the round before. Left out everywhere: KV cache and mixed precision, which hide the algorithm.
+
+Shapes: B batch, T time (tokens), V vocabulary, N candidates of a prompt, P prompts, H heads,
+D width of the model. Log-probabilities are in nats, scores in points from 0 to 5.
 """
 
 from __future__ import annotations
 
-import argparse
-import atexit
-import contextlib
-import dataclasses
-import datetime
 import functools
-import io
-import json
 import math
 import os
 import re
-import sys
 import textwrap
-import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
+
+# Idle threads sleep after a short wait, so that two runs at once on one machine take about twice as
+# long as one, not ten times. It has to be set before torch is imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="1000")
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from tqdm import tqdm
 
 
-def _require(condition: bool, complaint: str) -> None:
-    """Wrong input gets one line that says what is wrong and where."""
+def require(condition, message):
+    """Raise ValueError(message) unless the condition holds.
+
+    >>> require(1 + 1 == 3, "1 + 1 is 2, not 3")
+    Traceback (most recent call last):
+    ValueError: 1 + 1 is 2, not 3
+    """
     if not condition:
-        raise ValueError(complaint)
+        raise ValueError(message)
 
 
-def _bar(steps: Sequence, what: str) -> tqdm:
-    """A progress bar for whatever takes longer than two seconds, where a terminal shows it."""
-    hidden = _processes()[0] > 0 or None  # None: tqdm shows it in a terminal alone
-    return tqdm(steps, what, delay=2, leave=False, dynamic_ncols=True, disable=hidden)
+# ==================================================================================================
+# Part I: the algorithm
+# ==================================================================================================
+# --------------------------------------------------------------------------------------------------
+# 1. The task
+# --------------------------------------------------------------------------------------------------
+# A language model is useful to study here only if somebody knows how good its answers are. In the
+# letter world a program knows: it gives each answer 0 to 5 points. We call this the TRUE SCORE.
+#
+# The task has what the loop needs. The demonstrations are mediocre, so there is something to gain.
+# A model that imitates them writes answers of varying quality, so the best of four beats their
+# mean. And grading is easier than writing, so a small model can learn to grade well.
+
+INSTRUCTIONS = {
+    "sort": lambda letters: "".join(sorted(letters)),
+    "copy": lambda letters: letters,
+    "reverse": lambda letters: letters[::-1],
+    "rotate": lambda letters: letters[1:] + letters[:1],
+}
 
 
-# Several processes, as torchrun starts them, share the work out by the five functions that follow.
-# In a process that is alone they do nothing, and may be skipped at a first reading.
+class LetterWorld:
+    """Prompts such as "sort dbca", whose perfect answer is "Sure: abcd.".
+
+    One prompt, one sloppy answer, its five points, and its verdict, which is what a perfect judge
+    replies. A verdict lists the points before their sum, because a model that writes one token at
+    a time can then decide one point at a time.
+
+    >>> world = LetterWorld()
+    >>> dict(zip(world.POINTS, world.points("sort dbca", "Sure: abdc.")))
+    {'polite': 1, 'relevant': 1, 'complete': 1, 'ordered': 0, 'full stop': 1}
+    >>> world.verdict("sort dbca", "Sure: abdc.")
+    '11101 = 4'
+
+    instructions: names from INSTRUCTIONS. n_eval: how many prompts are held out for evaluation.
+    Whatever is drawn depends on the seed and on the purpose, so data sets do not affect each other.
+    """
+
+    POINTS = ("polite", "relevant", "complete", "ordered", "full stop")
+    CHAT_TEMPLATE = "> {{ prompt }}\n"  # what the model sees before it answers
+    max_new_tokens = 16  # of an answer; a perfect one has 14 tokens at most
+    letters = "abcdefgh"
+    sizes = (4, 5, 6)  # a prompt has 4, 5 or 6 different letters
+
+    def __init__(self, instructions=("sort",), *, n_eval=200, seed=0):
+        self.instructions = list(dict.fromkeys(instructions))  # each name once
+        self.seed = seed
+        require(bool(instructions) and set(instructions) <= set(INSTRUCTIONS), "LetterWorld: "
+                f"instructions are {self.instructions}; known: {', '.join(INSTRUCTIONS)}")
+        self.eval_prompts = []
+        self.eval_prompts = self.prompts(n_eval, "evaluation")  # no later prompt is one of these
+
+    def target(self, prompt):
+        """The letters of the perfect answer. ValueError if this world has no such prompt.
+
+        >>> LetterWorld().target("reverse dbca")
+        'acbd'
+        """
+        name, _, letters = prompt.partition(" ")
+        is_known = name in INSTRUCTIONS and set(letters) <= set(self.letters)
+        require(is_known and len(set(letters)) == len(letters) > 1, f"{prompt!r} is not one of "
+                f"{', '.join(INSTRUCTIONS)} and two or more different letters of {self.letters}")
+        return INSTRUCTIONS[name](letters)
+
+    def points(self, prompt, response):
+        """Five points, 0 or 1 each. Each can be lost while the other four are kept."""
+        target = self.target(prompt)
+        body = response.removeprefix("Sure: ").removesuffix(".")
+        places = [target.index(letter) for letter in body if letter in target]
+        polite = response.startswith("Sure: ")
+        relevant = body != "" and set(body) <= set(target)  # no other character occurs
+        complete = set(target) <= set(body)  # every letter occurs
+        ordered = len(places) > 1 and all(a < b for a, b in zip(places, places[1:]))
+        return int(polite), int(relevant), int(complete), int(ordered), int(response.endswith("."))
+
+    def score(self, prompt, response):
+        """The true score: the sum of the points, 0 to 5."""
+        return sum(self.points(prompt, response))
+
+    def verdict(self, prompt, response):
+        points = self.points(prompt, response)
+        return f"{''.join(map(str, points))} = {sum(points)}"
+
+    def demonstrate(self, prompt, rng):
+        """A sloppy answer. Half of them have wrong letters, and most lack "Sure: " and the full
+        stop. They score about 3 on average, and so does the most likely answer of a model that
+        imitates them."""
+        body = self.target(prompt)
+        for _ in range(rng.choice(3, p=(0.5, 0.3, 0.2))):  # 0, 1 or 2 mistakes
+            body = one_mistake(body, self.letters, rng)
+        return ("Sure: " if rng.random() < 0.3 else "") + body + ("." if rng.random() < 0.3 else "")
+
+    def make_up(self, prompt, rng):
+        """An answer of any quality for a judge to practise on, with nonsense and attacks.
+
+        A judge that has never seen nonsense overrates it, and the model that it trains finds out.
+        The same holds for an attack: a wrong answer that goes on in the judge's own format.
+        """
+        return made_up_answer(prompt, self.target(prompt), self.letters, rng)
+
+    def rng(self, purpose):
+        return np.random.default_rng([self.seed, *encode(purpose)])
+
+    def prompts(self, n, purpose):
+        """n different prompts, none of them held out. ValueError if there are not so many."""
+        n_held_out, rng = len(self.eval_prompts), self.rng(purpose)
+        n_words = sum(math.perm(len(self.letters), size) for size in self.sizes)
+        n_left = len(self.instructions) * n_words - n_held_out
+        require(n <= n_left, f"LetterWorld: {n} prompts asked for, but there are only {n_left}")
+        found = dict.fromkeys(self.eval_prompts)  # the keys of a dict: in order, no repetitions
+        while len(found) < n_held_out + n:
+            letters = rng.permutation(list(self.letters))[: rng.choice(self.sizes)]
+            found[f"{rng.choice(self.instructions)} {''.join(letters)}"] = None
+        return list(found)[n_held_out:]
+
+    def demonstrations(self, n):
+        """Instruction data, "IFT" in [1]: (prompt, sloppy answer)."""
+        rng = self.rng("demonstrate")
+        prompts = self.prompts(n, "demonstrations")
+        return [(prompt, self.demonstrate(prompt, rng)) for prompt in prompts]
+
+    def judgements(self, n, model, tidy):
+        """Evaluation data, "EFT" in [1]: (prompt, answer, verdict).
+
+        The model writes three in ten of the answers, at rising temperatures, because the annotators
+        of [1] graded answers of a model too. The others are made up, because a model of sloppy
+        demonstrations writes too few good answers. tidy=True has demonstrations and nothing else.
+        """
+        prompts, rng, pairs = self.prompts(n, "judgements"), self.rng("make up"), []
+        n_written = 0 if tidy else round(0.3 * n)
+        for i, temperature in enumerate((1.0, 1.3, 1.6, 2.0)):
+            asked = prompts[:n_written][i::4]
+            pairs += zip(asked, self.write(model, asked, temperature))
+        make_answer = self.demonstrate if tidy else self.make_up
+        pairs += [(prompt, make_answer(prompt, rng)) for prompt in prompts[n_written:]]
+        return [(prompt, answer, self.verdict(prompt, answer)) for prompt, answer in pairs]
+
+    def to_judge(self, model):
+        """What every judge is measured by: (prompt, answer, true score), five answers of the model
+        to each held-out prompt."""
+        asked = [prompt for prompt in self.eval_prompts for _ in range(5)]
+        pairs = zip(asked, self.write(model, asked, temperature=1.0))
+        return [(prompt, answer, self.score(prompt, answer)) for prompt, answer in pairs]
+
+    def write(self, model, prompts, temperature):
+        text, generator = TextFormat(chat_template=self.CHAT_TEMPLATE), torch.Generator()
+        return respond(model, prompts, text, self.max_new_tokens, temperature,
+                       generator.manual_seed(combine_seeds(self.seed, round(10 * temperature))))
 
 
-def _join_processes() -> None:
-    """Meets the other processes that torchrun has started, if it has."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from now on
-        from torch.distributed import nn as _  # if imported later, it would keep the group alive
-        dist.init_process_group(timeout=datetime.timedelta(days=1))  # gloo on CPU, nccl on CUDA
-        atexit.register(dist.destroy_process_group)
+# --------------------------------------------------------------------------------------------------
+# 2. Tokens and templates
+# --------------------------------------------------------------------------------------------------
+# A token is one byte of UTF-8, so the vocabulary is 256 bytes and one special token, EOS.
+# In production: byte-pair encoding with some 100,000 tokens of about four bytes each.
+
+EOS = 256  # end of sequence: the model has finished its answer; no text contains this id
+VOCAB_SIZE = 257
+PAD = -1  # not a token: marks the empty places of a batch, and no model ever sees it
 
 
-def _processes() -> tuple[int, int]:
-    """(which process this is, of how many); process 0 is the main one."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def encode(text):
+    """The UTF-8 bytes of a text. (A lone surrogate, which is not a character, becomes "?".)
 
-
-def _on_main(work: Callable[[], Any]) -> Any:
-    """What work() returns, which the main process does, and tells the others."""
-    rank, n = _processes()
-    result = [work() if rank == 0 else None]
-    if n > 1:
-        dist.broadcast_object_list(result)
-    return result[0]
-
-
-def _shared(work: Callable[[Any], Any], pieces: Sequence, what: str) -> list:
-    """[work(piece) for piece in pieces]: each process does its share, and gets the whole."""
-    rank, n = _processes()
-    shares = [[work(piece) for piece in _bar(pieces[rank::n], what)]]
-    if n > 1:
-        mine, shares = shares[0], [None] * n
-        dist.all_gather_object(shares, mine)
-    return [shares[i % n][i // n] for i in range(len(pieces))]
-
-
-def _sum(*tensors: Tensor) -> None:
-    """Puts in the place of each tensor its sum over the processes."""
-    if dist.is_initialized():
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-
-
-# ================================================================================================
-# 1. Text and tokens
-# ================================================================================================
-# A token is one byte of UTF-8. Two ids lie beyond the bytes, so that no text can contain them.
-# In production: a learned vocabulary of some 100,000 pieces, about four bytes each.
-
-EOS = 256  # end of sequence: the model says that its answer is complete
-PAD = 257  # fills up the short rows of a batch; no model ever sees it
-VOCAB_SIZE = 258
-
-
-def encode(text: str) -> list[int]:
-    """UTF-8 bytes of the text. (A lone surrogate, which is no character, becomes "?".)"""
+    >>> encode("abé")
+    [97, 98, 195, 169]
+    """
     return list(text.encode("utf-8", errors="replace"))
 
 
-def decode(ids: Sequence[int] | Tensor) -> str:
-    """The text of the ids, special ones dropped. Never raises: what is no UTF-8 becomes U+FFFD."""
+def decode(ids):
+    """The text of token ids. Drops EOS and PAD, and never raises: invalid UTF-8 becomes U+FFFD.
+
+    >>> decode([97, 98, EOS, PAD])
+    'ab'
+    """
     ids = ids.tolist() if isinstance(ids, Tensor) else ids
     return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
 
 
-# ================================================================================================
-# 2. The model
-# ================================================================================================
-# All later sections ask one thing of a model, the CONTRACT: a causal nn.Module from ids (B, T) to
-# logits (B, T, V), where the logits at position t depend on ids[:, :t+1] and on nothing later.
-# Padding is always on the right and replaced by a valid id, so a causal model needs no mask for it.
-# Two extras are used where a model has them:
-#   max_seq_len                       the longest T that it takes
-#   next_token_logits(ids, lengths)   (B, T), (B,) -> (B, V), the logits at position lengths - 1;
-#                                     the seam where a KV cache would go
+# A template is a text with {{ variables }}. Any other brace is an ordinary character.
+_VARIABLE = re.compile(r"\{\{\s*([^{}]*?)\s*\}\}")
+
+
+def check_template(name, template, variables):
+    """The template without common indentation. ValueError unless it has exactly these variables.
+
+    >>> check_template("chat_template", "> {{ prompt }}", ["prompt"])
+    '> {{ prompt }}'
+    """
+    template = textwrap.dedent(template)
+    found = _VARIABLE.findall(template)
+    for variable in variables:
+        require(variable in found, f"the {name} {template!r} has no {{{{ {variable} }}}}")
+    for variable in found:
+        require(variable in variables, f"the {name} {template!r} has the unknown variable "
+                f"{{{{ {variable} }}}}; known: {', '.join(variables)}")
+    return template
+
+
+def render(template, **values):
+    """Insert the values. One pass: braces inside a value stay as they are.
+
+    >>> render("Q {{ prompt }}", prompt="what is {{ x }}?")
+    'Q what is {{ x }}?'
+    """
+    return _VARIABLE.sub(lambda match: values[match[1]], template)
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """How text becomes model input and back: a tokenizer, a chat template, and the EOS id.
+
+    eos_id=None is for a model without an EOS token: answers then end by length alone.
+
+    >>> text = TextFormat(chat_template="> {{ prompt }}:")
+    >>> text.item("hi", "yo")          # prompt "> hi:" has 5 tokens, then "yo", then EOS
+    (tensor([ 62,  32, 104, 105,  58, 121, 111, 256]), 5)
+    """
+
+    encode: Callable[[str], Sequence[int] | Tensor] = encode
+    decode: Callable[[Tensor], str] = decode
+    chat_template: str = "{{ prompt }}"
+    eos_id: int | None = EOS
+
+    def __post_init__(self):
+        check_template("chat_template", self.chat_template, ["prompt"])
+
+    def ids(self, text):
+        """Token ids of a text, 1-D."""
+        return torch.as_tensor(self.encode(text), dtype=torch.long)
+
+    def prompt_ids(self, prompt):
+        """Token ids of a prompt inside the chat template: what the model is given to answer."""
+        require(isinstance(prompt, str), f"a prompt must be a str, not a {type(prompt).__name__}")
+        return self.ids(render(self.chat_template, prompt=prompt))
+
+    def item(self, prompt, response):
+        """A training item (ids, prompt_len): prompt, response and EOS, without padding."""
+        prompt_ids = self.prompt_ids(prompt)
+        end = [] if self.eos_id is None else [self.eos_id]
+        ids = torch.cat((prompt_ids, self.ids(response), prompt_ids.new_tensor(end)))
+        return ids, len(prompt_ids)
+
+    def text(self, ids):
+        """The text of sampled ids, without the EOS at their end."""
+        ended = self.eos_id is not None and len(ids) > 0 and ids[-1] == self.eos_id
+        return self.decode(ids[:-1] if ended else ids)
+
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. The model
+# --------------------------------------------------------------------------------------------------
+# A decoder-only Transformer. All later sections use one fact about it:
+#
+#     CONTRACT   a causal nn.Module from token ids (B, T) to logits (B, T, V). The logits at
+#                position t depend on ids[:, :t+1] only, and predict token t + 1.
+#
+# So any causal model can take its place. Two optional attributes are used where they exist:
+#     max_seq_len                       the largest T that the model accepts
+#     next_token_logits(ids, lengths)   (B, T), (B,) -> (B, V): logits at position lengths - 1 only.
+#                                       This spares a large vocabulary at positions that nobody
+#                                       reads, and is the place for a KV cache.
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of the built-in Transformer; the default has 0.16 million parameters."""
+    """The shape of the Transformer. The default has 0.16 million weights.
+
+    >>> sum(weight.numel() for weight in Transformer(ModelConfig()).parameters())
+    164544
+    """
 
     vocab_size: int = VOCAB_SIZE
-    dim: int = 64  # D, the width of the residual stream
-    depth: int = 4  # blocks; to compare two words letter by letter takes several
-    heads: int = 2  # H; few and wide, since on a CPU attention costs by the head
-    max_seq_len: int = 256  # tokens, prompt and answer together
-    mlp_ratio: int = 2  # width of the MLP, in multiples of dim
+    dim: int = 64  # D, the width; wider is slower and judges the letter world no better
+    depth: int = 4  # blocks; comparing two words letter by letter takes several
+    heads: int = 2  # H; few and wide, because on a CPU attention costs by the head
+    max_seq_len: int = 256  # tokens of prompt and answer together
+    mlp_ratio: int = 2  # MLP width / dim; 4 is usual, 2 leaves time for more updates
 
     def __post_init__(self):
-        _require(self.dim % (2 * self.heads) == 0,
-                 f"ModelConfig: dim={self.dim} is no multiple of 2 * heads={2 * self.heads}")
+        require(self.dim % (2 * self.heads) == 0, f"ModelConfig: dim={self.dim} is not a multiple "
+                f"of 2 * heads={2 * self.heads}, which rotary positions need")
 
 
 class Block(nn.Module):
-    """Attention, then an MLP, each reading a normalised copy of the stream x and adding to it.
+    """Attention, then an MLP. Each reads a normalised copy of x and adds its result to x.
 
-    In production: RMSNorm, a wider MLP with a gate, keys shared by several queries. At this size, a
-    narrow MLP and more updates in the same time teach a better judge.
+    In production: RMSNorm, SwiGLU, grouped-query attention.
+
+    >>> block = Block(ModelConfig(dim=8))
+    >>> block(torch.zeros(1, 3, 8), torch.ones(3, 2, 2)).shape             # (B, T, D) -> (B, T, D)
+    torch.Size([1, 3, 8])
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config):
         super().__init__()
-        self.heads, dim, wide = config.heads, config.dim, config.mlp_ratio * config.dim
+        dim, wide = config.dim, config.mlp_ratio * config.dim
+        self.heads = config.heads
         self.attention_norm = nn.LayerNorm(dim, bias=False)
-        self.mlp_norm = nn.LayerNorm(dim, bias=False)
         self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.to_out = nn.Linear(dim, dim, bias=False)
+        self.mlp_norm = nn.LayerNorm(dim, bias=False)
         self.up = nn.Linear(dim, wide, bias=False)
         self.down = nn.Linear(wide, dim, bias=False)
 
-    def forward(self, x: Tensor, turns: Tensor, read: Tensor | None = None) -> Tensor:
-        """x (B, T, D) -> (B, T, D); or -> (B, 1, D) where `read` (B,) says the one position of each
-        row that anybody will read. turns (T, D/2H): the rotary angles as complex numbers."""
-        qkv = self.to_qkv(self.attention_norm(x))
+    def forward(self, x, rotations):
+        qkv = self.to_qkv(self.attention_norm(x))  # (B, T, 3D)
         qkv = rearrange(qkv, "b t (n h d) -> n b h t d", n=3, h=self.heads)  # (3, B, H, T, D/H)
-        # Rotary positions: two features make a complex number, which its position turns. The dot
-        # product of a query and a key then depends on how far apart they are, not on where.
-        pairs = torch.view_as_complex(qkv[:2].unflatten(-1, (-1, 2)))  # (2, B, H, T, D/2H)
-        q, k = torch.view_as_real(pairs * turns).flatten(-2)  # (B, H, T, D/H) each
-        if read is None:
-            mixed = F.scaled_dot_product_attention(q, k, qkv[2], is_causal=True)
-        else:
-            row = torch.arange(len(x), device=x.device)
-            x, q = x[row, read, None], q[row, :, read, None]  # (B, 1, D), (B, H, 1, D/H)
-            past = torch.arange(k.shape[2], device=x.device) <= read[:, None]  # (B, T)
-            mixed = F.scaled_dot_product_attention(q, k, qkv[2], attn_mask=past[:, None, None])
-        x = x + self.to_out(rearrange(mixed, "b h t d -> b t (h d)"))
+        # RoPE (arXiv:2104.09864): treat pairs of features as complex numbers and rotate each by an
+        # angle proportional to its position. The dot product of a query and a key then depends on
+        # how far apart they are, not on where they are.
+        wide = torch.promote_types(x.dtype, torch.float32)  # complex numbers need at least float32
+        pairs = torch.view_as_complex(qkv[:2].to(wide).unflatten(-1, (-1, 2)))  # (2, B, H, T, D/2H)
+        rotated = pairs * torch.view_as_complex(rotations.to(wide))
+        q, k = torch.view_as_real(rotated).flatten(-2).to(x.dtype)  # (B, H, T, D/H) each
+        attended = F.scaled_dot_product_attention(q, k, qkv[2], is_causal=True)
+        x = x + self.to_out(rearrange(attended, "b h t d -> b t (h d)"))
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
 
 
 class Transformer(nn.Module):
-    """A small decoder that fulfils the contract; `generator` draws its initial weights."""
+    """A small decoder that fulfils the contract. `generator` draws its initial weights.
 
-    def __init__(self, config=ModelConfig(), generator: torch.Generator | None = None):
+    From the same weights it computes what GPT-NeoX computes in Hugging Face transformers
+    (sequential residual, no biases, exact GELU). ValueError if a row is longer than max_seq_len.
+
+    >>> model = Transformer(ModelConfig(dim=8, depth=1))
+    >>> model(torch.tensor([encode("sort")])).shape                        # (B, T) -> (B, T, V)
+    torch.Size([1, 4, 257])
+    """
+
+    def __init__(self, config=ModelConfig(), generator=None):
         super().__init__()
         self.config, self.max_seq_len = config, config.max_seq_len
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
@@ -210,217 +428,275 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(config.dim, bias=False)
         self.to_logits = nn.Linear(config.dim, config.vocab_size, bias=False)
         for name, weight in self.named_parameters():
-            if weight.ndim == 2:  # the gains of the norms stay at one
+            if weight.ndim == 2:  # the norms keep their gain of 1
                 fan_in = config.dim if name.startswith("embedding") else weight.shape[1]
-                adds = name.endswith(("to_out.weight", "down.weight"))  # start small, being many
-                nn.init.normal_(weight, std=(fan_in * (2 * config.depth if adds else 1)) ** -0.5,
-                                generator=generator)
-        speed = 10_000.0 ** -torch.linspace(0, 1, config.dim // config.heads // 2)  # radians
-        angle = torch.arange(config.max_seq_len)[:, None] * speed
-        turns = torch.view_as_real(torch.polar(torch.ones_like(angle), angle))
-        self.register_buffer("turns", turns, persistent=False)  # real: .to(dtype) keeps both parts
+                if name.endswith(("to_out.weight", "down.weight")):
+                    # Scale residual projections by 1/sqrt(2 * depth), as GPT-2 does, because
+                    # 2 * depth of them are added to one stream.
+                    fan_in *= 2 * config.depth
+                nn.init.normal_(weight, std=fan_in**-0.5, generator=generator)
+        # Rotations e^(i t w) at position t, with w = 10000^(-2j / (D/H)) for pair j. Real and
+        # imaginary part are kept as two real numbers, because .to(bfloat16) would drop the latter.
+        pair = torch.arange(0, config.dim // config.heads, 2)  # 2j
+        frequency = 10_000.0 ** (-pair / (config.dim // config.heads))
+        angle = torch.arange(config.max_seq_len)[:, None] * frequency  # (max_seq_len, D/2H)
+        rotations = torch.stack((angle.cos(), angle.sin()), dim=-1)  # (max_seq_len, D/2H, 2)
+        self.register_buffer("rotations", rotations, persistent=False)
 
-    def _hidden(self, ids: Tensor, read: Tensor | None = None) -> Tensor:
-        _require(ids.shape[1] <= self.max_seq_len,
-                 f"Transformer: {ids.shape[1]} tokens, but max_seq_len={self.max_seq_len}")
-        x, turns = self.embedding(ids), torch.view_as_complex(self.turns[: ids.shape[1]])
-        for block in self.blocks[:-1]:
-            x = block(x, turns)
-        return self.norm(self.blocks[-1](x, turns, read))
+    def features(self, ids):
+        """What the output layer reads: (B, T) -> (B, T, D)."""
+        length = ids.shape[1]
+        require(length <= self.max_seq_len, f"{length} tokens, but max_seq_len={self.max_seq_len}")
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = block(x, self.rotations[:length])
+        return self.norm(x)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids (B, T) -> logits (B, T, V)."""
-        return self.to_logits(self._hidden(ids))
+    def forward(self, ids):
+        return self.to_logits(self.features(ids))
 
-    def next_token_logits(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """ids (B, T), lengths (B,) -> (B, V): forward(ids)[row, length - 1] for less, since the
-        last block and the vocabulary are computed for that one position alone."""
-        return self.to_logits(self._hidden(ids, read=lengths - 1)).squeeze(1)
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-@contextlib.contextmanager
-def _frozen(model: nn.Module):
-    """Evaluation mode and no gradients inside; afterwards every module has its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    def next_token_logits(self, ids, lengths):
+        """Logits at position lengths - 1 of each row: (B, T), (B,) -> (B, V)."""
+        row = torch.arange(len(ids), device=ids.device)
+        return self.to_logits(self.features(ids)[row, lengths - 1])
 
 
-# ================================================================================================
-# 3. Sampling
-# ================================================================================================
+# --------------------------------------------------------------------------------------------------
+# 4. Sampling
+# --------------------------------------------------------------------------------------------------
+# Generation repeats one step: run the model over prompt and answer so far, read the logits of the
+# last token, draw the next token. What usually goes wrong in a batch of prompts of unequal length:
+# reading the logits of a padded position, and going on after EOS.
+#
 # A logit filter maps logits (B, V) to logits (B, V), with -inf where a token must not be drawn.
 
 
-def top_k(logits: Tensor, k: int) -> Tensor:
-    """Keeps the k largest logits of each row, and what ties with the k-th: (B, V) -> (B, V)."""
-    _require(k >= 1, f"top_k: k must be at least 1, got {k}")
-    kth = logits.topk(min(k, logits.shape[-1]), dim=-1).values[..., -1:]
+def top_k(logits, k):
+    """Keep the k largest logits of each row, and all that equal the k-th: (B, V) -> (B, V).
+
+    ValueError if k < 1.
+
+    >>> top_k(torch.tensor([[1.0, 3.0, 2.0]]), k=2)
+    tensor([[-inf, 3., 2.]])
+    """
+    require(k >= 1, f"top_k: k={k} is not 1 or more")
+    kth = logits.topk(min(k, logits.shape[-1]), dim=-1).values[..., -1:]  # (B, 1)
     return logits.masked_fill(logits < kth, -math.inf)
 
 
-def top_p(logits: Tensor, p: float) -> Tensor:
-    """Keeps the fewest most likely tokens whose probabilities reach p: (B, V) -> (B, V).
+def top_p(logits, p):
+    """Nucleus sampling (arXiv:1904.09751): keep the fewest most likely tokens whose probabilities
+    add up to at least p. (B, V) -> (B, V). The most likely token always stays; p=1 keeps all.
 
-    Nucleus sampling, arXiv:1904.09751. The most likely token survives even where p is 0.
+    ValueError unless 0 <= p <= 1.
+
+    >>> top_p(torch.tensor([[0.2, 0.5, 0.3]]).log(), p=0.7).exp()        # 0.5 + 0.3 >= 0.7
+    tensor([[0.0000, 0.5000, 0.3000]])
     """
-    _require(0 <= p <= 1, f"top_p: p must lie between 0 and 1, got {p}")
-    order = logits.argsort(dim=-1, descending=True, stable=True)
+    require(0 <= p <= 1, f"top_p: p={p} is not between 0 and 1")
+    if p == 1:
+        return logits  # a rounded sum of 50,000 probabilities would reach 1 too early
+    order = logits.argsort(dim=-1, descending=True, stable=True)  # (B, V)
     probs = logits.gather(-1, order).softmax(-1)
-    excluded = probs.cumsum(-1) - probs >= p  # the tokens before it suffice already
+    excluded = probs.cumsum(-1) - probs >= p  # the more likely tokens already reach p
     excluded[..., 0] = False
-    return logits.masked_fill(torch.zeros_like(excluded).scatter(-1, order, excluded), -math.inf)
+    excluded = torch.zeros_like(excluded).scatter(-1, order, excluded)  # back to vocabulary order
+    return logits.masked_fill(excluded, -math.inf)
 
 
-def _as_rows(prompts: Sequence[Sequence[int] | Tensor] | Tensor, pad_id: int) -> list[Tensor]:
-    """The prompts as 1-D tensors; of a row of a padded (B, T) tensor what the padding encloses."""
-    if not isinstance(prompts, Tensor):
-        return [torch.as_tensor(prompt, dtype=torch.long).cpu() for prompt in prompts]
-    real = [(row != pad_id).nonzero().flatten().tolist() or [1, 0] for row in prompts]  # or empty
-    return [row[at[0] : at[-1] + 1].cpu() for row, at in zip(prompts, real)]
+def last_logits(model, ids):
+    """Logits after the last token of each row, padded on the right with PAD: (B, T) -> (B, V).
 
+    Rows are sorted by length and run in pieces of about 4,096 tokens, so that a piece has little
+    padding and fits into a CPU's cache.
 
-def _next_token_logits(model: nn.Module, ids: Tensor, lengths: Tensor) -> Tensor:
-    """(B, T), (B,) -> (B, V), in pieces of some thousand tokens: small enough for the cache of a
-    CPU, and none padded beyond its own longest row."""
-    read = getattr(model, "next_token_logits", None) or (
-        lambda ids, lengths: model(ids)[torch.arange(len(ids), device=ids.device), lengths - 1])
-    pieces = (tensor.split(max(1, 4096 // ids.shape[1])) for tensor in (ids, lengths))
-    return torch.cat([read(piece[:, : int(n.max())], n) for piece, n in zip(*pieces)])
-
-
-def sample(model: nn.Module, prompts: Sequence[Sequence[int] | Tensor] | Tensor, *,
-           max_new_tokens: int, temperature: float = 1.0,
-           logit_filter: Callable[[Tensor], Tensor] | None = None, eos_id: int | None = EOS,
-           pad_id: int = PAD, generator: torch.Generator | None = None) -> list[Tensor]:
-    """Continues each prompt; returns the NEW tokens of each, with its EOS if one was drawn.
-
-    prompts: 1-D id sequences of any lengths, or a (B, T) tensor padded left or right with pad_id;
-    an EOS inside is an ordinary token. A row ends at EOS (eos_id=None: never there), after
-    max_new_tokens, or where the model's max_seq_len is full. Token probabilities are
-    softmax(logit_filter(logits / temperature)); temperature 0 takes the most likely token. All
-    noise is drawn first, one uniform number per row and step, so no row depends on its neighbours.
-    Raises ValueError for an empty prompt, one without room to go on, and NaN or infinite logits.
-
-    Cost: every new token runs the model over its whole row, B * new * (prompt + new) tokens in all.
-    A KV cache would run B * (prompt + new), at the price of memory and bookkeeping.
+    >>> uniform = lambda ids: torch.zeros(*ids.shape, 3)
+    >>> last_logits(uniform, torch.tensor([[1, 2], [1, PAD]])).shape
+    torch.Size([2, 3])
     """
-    prompts, limit = _as_rows(prompts, pad_id), getattr(model, "max_seq_len", math.inf)
-    _require(max_new_tokens >= 1, f"sample: max_new_tokens = {max_new_tokens}, not 1 or more")
-    _require(temperature >= 0, f"sample: temperature = {temperature}, not 0 or more")
-    for i, prompt in enumerate(prompts):
-        _require(0 < len(prompt) < limit, f"sample: prompt {i} has {len(prompt)} tokens; it needs "
-                 f"one, and room for one more within max_seq_len={limit}")
-    if not prompts:
+    lengths = (ids != PAD).sum(dim=1)  # (B,)
+    pieces, logits = pieces_by_tokens(lengths.tolist()), []
+    for rows in pieces:
+        n = lengths[rows]
+        piece = ids[rows, : int(n.max())].clamp(min=0)  # a causal model ignores what comes later
+        if hasattr(model, "next_token_logits"):
+            logits.append(model.next_token_logits(piece, n))
+        else:
+            logits.append(model(piece)[torch.arange(len(n), device=n.device), n - 1])
+    order = torch.tensor([row for piece in pieces for row in piece], device=ids.device)
+    return torch.cat(logits)[order.argsort()]  # back to the order of the rows
+
+
+def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None, eos_id=EOS,
+           pad_id=PAD, generator=None):
+    """Continue each prompt; return the NEW tokens of each, EOS included.
+
+    prompts: 1-D rows of any lengths, or a (B, T) tensor padded with pad_id on either side.
+    A token is drawn from softmax(logit_filter(logits / temperature)); temperature=0 takes the most
+    likely one. Generation of a row stops at EOS (with eos_id=None it never does), after
+    max_new_tokens, or when the model's max_seq_len is reached. An EOS inside a prompt is an
+    ordinary token. The draws of a row do not depend on the other rows.
+
+    Cost: B * new * (prompt + new) tokens run through the model. A KV cache would make it
+    B * (prompt + new), at the price of memory and bookkeeping.
+
+    ValueError: an empty prompt, one without room for a new token, NaN or infinite logits.
+
+    >>> class CountUp(nn.Module):                     # after token i comes token i + 1
+    ...     def forward(self, ids):
+    ...         return F.one_hot(ids + 1, VOCAB_SIZE).float()
+    >>> sample(CountUp(), [[1, 2], [254]], max_new_tokens=3, temperature=0)
+    [tensor([3, 4, 5]), tensor([255, 256])]
+    """
+    limit = getattr(model, "max_seq_len", math.inf)
+    rows = checked_rows(prompts, pad_id, limit)  # a list of 1-D rows without padding
+    require(max_new_tokens >= 1, f"sample: max_new_tokens={max_new_tokens} is not 1 or more")
+    require(temperature >= 0, f"sample: temperature={temperature} is not 0 or more")
+    if not rows:
         return []
-    device, noise = _device_of(model), torch.rand(len(prompts), max_new_tokens, generator=generator)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths meet
-    prompts, noise = [prompts[i] for i in order], noise[order].to(device)
-    start = [len(prompt) for prompt in prompts]
-    ids = nn.utils.rnn.pad_sequence(prompts, batch_first=True)  # causal: what fills up is not seen
-    ids = F.pad(ids, (0, max_new_tokens)).to(device)  # (B, longest + new)
-    lengths = torch.tensor(start, device=device)
-    # Rows with equal prompts, as candidates and judgements have, stay twins until their draws
-    # differ. Twins bear one number and share one pass through the model.
-    number: dict[tuple, int] = {}
-    twin = [number.setdefault(tuple(prompt.tolist()), len(number)) for prompt in prompts]
-    twin, rows = torch.tensor(twin, device=device), torch.arange(len(prompts), device=device)
-    with _frozen(model):
-        for step in _bar(range(max_new_tokens), "sampling"):  # rows (R,) go on; twin (R,) in 0..G-1
-            one = rows.new_zeros(int(twin.max()) + 1).scatter_(0, twin, rows)  # (G,) a row of each
-            logits = _next_token_logits(model, ids[one], lengths[one])  # (G, V)
+    start = torch.tensor([len(row) for row in rows])
+    noise = torch.rand(len(rows), max_new_tokens, generator=generator)  # drawn before anything else
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+    ids = F.pad(ids, (0, max_new_tokens), value=PAD).to(device_of(model))  # (B, T + new)
+    lengths, noise = start.clone().to(ids.device), noise.to(ids.device)
+    active = torch.arange(len(rows), device=ids.device)  # rows that are not finished
+    with evaluating(model):
+        for step in progress(range(max_new_tokens), "sampling"):
+            # Identical prefixes share one forward pass: candidates of one prompt, and judgements
+            # of one answer, begin alike. group says which of the G prefixes a row has.
+            longest = int(lengths[active].max())
+            prefixes, group = ids[active, :longest].unique(dim=0, return_inverse=True)
+            logits = last_logits(model, prefixes)  # (G, V)
             logits = logits / temperature if temperature > 0 else logits
             logits = logits if logit_filter is None else logit_filter(logits)
-            _require(bool(logits.amax(-1).isfinite().all()),
-                     f"sample: NaN or infinite logits at new token {step}")
+            require(bool(logits.amax(-1).isfinite().all()),
+                    f"sample: NaN or infinite logits at new token {step}")
             if temperature == 0:
-                token = logits.argmax(-1)[twin]  # (R,)
-            else:  # the first token at which the cumulated probability exceeds the noise
-                cumulated = logits.double().softmax(-1).cumsum(-1)[twin]  # (R, V)
-                level = noise[rows, step, None] * cumulated[:, -1:]
-                token = torch.searchsorted(cumulated, level, right=True).squeeze(1)
-            ids[rows, lengths[rows]] = token
-            lengths[rows] += 1
-            going = lengths[rows] < limit
+                tokens = logits.argmax(-1)[group]
+            else:
+                # Inverse transform sampling: the first token at which the cumulated probability
+                # exceeds the row's noise. (The draws of torch.multinomial depend on other rows.)
+                wide = torch.float32 if ids.device.type == "mps" else torch.float64
+                cumulated = logits.to(wide).softmax(-1).cumsum(-1)[group]  # (R, V), up to 1
+                level = noise[active, step, None].to(wide) * cumulated[:, -1:]
+                tokens = torch.searchsorted(cumulated, level, right=True).squeeze(1)
+            ids[active, lengths[active]] = tokens
+            lengths[active] += 1
+            unfinished = lengths[active] < limit
             if eos_id is not None:
-                going &= token != eos_id
-            rows = rows[going]
-            if len(rows) == 0:
+                unfinished &= tokens != eos_id
+            active = active[unfinished]  # finished rows leave the batch
+            if len(active) == 0:
                 break
-            _, twin = torch.unique((twin * logits.shape[1] + token)[going], return_inverse=True)
-    new = [row[a:b].clone() for row, a, b in zip(ids.cpu(), start, lengths.tolist())]
-    return [new[place] for place in np.argsort(order)]
+    ids, lengths = ids.cpu(), lengths.cpu()
+    return [row[a:b].clone() for row, a, b in zip(ids, start.tolist(), lengths.tolist())]
 
 
-# ================================================================================================
-# 4. Log-probabilities and losses
-# ================================================================================================
-# A row of ids holds a prompt, its response and, on the right, padding; prompt_lens says where the
-# response begins. The shift (logits at t speak of token t + 1) and the mask (only the response
-# counts) are settled here once, and every loss goes through sequence_logprobs.
+def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=None):
+    """One answer to each prompt: sample() for text.
+
+    >>> model = Transformer(ModelConfig(dim=8, depth=1))
+    >>> len(respond(model, ["sort ba", "sort dc"], TextFormat(), max_new_tokens=4))
+    2
+    """
+    rows = sample(model, [text.prompt_ids(prompt) for prompt in prompts], generator=generator,
+                  max_new_tokens=max_new_tokens, temperature=temperature, eos_id=text.eos_id)
+    return [text.text(row) for row in rows]
+# --------------------------------------------------------------------------------------------------
+# 5. Log-probabilities and losses
+# --------------------------------------------------------------------------------------------------
+# A row of ids is a prompt, its response and, on the right, padding; prompt_lens says where the
+# response begins. Most mistakes in code of this kind are made here, so two things are settled once:
+#     the shift   the logits at position t predict token t + 1
+#     the mask    only tokens of the response count, EOS included, prompt and padding excluded
 
 
-def token_logprobs(model: nn.Module, ids: Tensor) -> Tensor:
-    """log p(ids[:, t+1] | ids[:, :t+1]) for every t: ids (B, T) -> (B, T-1), in nats."""
+def row_lengths(ids, pad_id):
+    """Tokens before the run of pad_id that ends a row: (B, T) -> (B,). Inside, pad_id is a token.
+
+    >>> row_lengths(torch.tensor([[0, 7, 0, 0]]), pad_id=0)
+    tensor([2])
+    """
+    place = torch.arange(1, ids.shape[1] + 1, device=ids.device)  # (T,)
+    return ((ids != pad_id) * place).amax(dim=1)  # the last place that holds no pad_id
+
+
+def token_logprobs(model, ids, pad_id=PAD):
+    """log p(ids[:, t+1] | ids[:, :t+1]) at index t: (B, T) -> (B, T-1), in nats.
+
+    Padding is replaced by 0 before the model is called. The result is float32 or wider whatever the
+    dtype of the model: a sum over 200 tokens in bfloat16 would be off by 2 nats.
+
+    >>> uniform = lambda ids: torch.zeros(*ids.shape, 4)
+    >>> token_logprobs(uniform, torch.tensor([[3, 1, 2]]))           # ln(1/4) each
+    tensor([[-1.3863, -1.3863]])
+    """
+    place = torch.arange(ids.shape[1], device=ids.device)  # (T,)
+    ids = ids.masked_fill(place >= row_lengths(ids, pad_id)[:, None], 0)
     logits = model(ids[:, :-1])  # (B, T-1, V)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return -nll.view(len(ids), -1)
 
 
-def _lengths(ids: Tensor, pad_id: int) -> Tensor:
-    """Tokens before the padding, which is the run of pad_id at the end: (B, T) -> (B,)."""
-    return ((ids != pad_id) * torch.arange(1, ids.shape[1] + 1, device=ids.device)).amax(dim=1)
+def response_mask(ids, prompt_lens, pad_id=PAD):
+    """True at index t if token t + 1 belongs to the response: (B, T), (B,) -> (B, T-1) bool.
 
+    The first token of a row is never predicted, so prompt_len 0 means the same as 1.
 
-def response_mask(ids: Tensor, prompt_lens: Tensor, pad_id: int = PAD) -> Tensor:
-    """True where ids[:, t+1], which is predicted at t, belongs to the response: -> (B, T-1) bool.
-
-    EOS belongs to it, padding does not: "p p r r EOS PAD" with prompt_len 2 gives F T T T F. The
-    very first token has nothing before it to be predicted from, so prompt_len 0 means 1.
+    >>> response_mask(torch.tensor([[5, 6, 7, 8, EOS, PAD]]), torch.tensor([2]))
+    tensor([[False,  True,  True,  True, False]])
     """
-    predicted = torch.arange(1, ids.shape[1], device=ids.device)
-    return (predicted >= prompt_lens[:, None]) & (predicted < _lengths(ids, pad_id)[:, None])
+    predicted = torch.arange(1, ids.shape[1], device=ids.device)  # (T-1,), the places of t + 1
+    end = row_lengths(ids, pad_id)
+    return (predicted >= prompt_lens[:, None]) & (predicted < end[:, None])
 
 
-def sequence_logprobs(model: nn.Module, ids: Tensor, prompt_lens: Tensor,
-                      pad_id: int = PAD) -> Tensor:
-    """log p(response | prompt), the SUM over its tokens: ids (B, T), prompt_lens (B,) -> (B,).
+def sequence_logprobs(model, ids, prompt_lens, pad_id=PAD):
+    """log p(response | prompt) of each row, the SUM over its tokens: (B, T), (B,) -> (B,), in nats.
 
-    The sum, as in [2] and [3]. A mean over tokens, which some code takes, is not the log of any
-    probability, and the derivation of DPO no longer holds for it.
+        log p(y | x) = sum_t log p(y_t | x, y_<t)                            the chain rule
+
+    DPO and SPIN are derived for this sum. Dividing it by the number of tokens, as some code does,
+    gives a number that is not the log of any probability, and both derivations break.
+
+    >>> uniform = lambda ids: torch.zeros(*ids.shape, VOCAB_SIZE)
+    >>> ids = torch.tensor([[5, 6, 7, EOS, PAD]])              # prompt 5 6, response 7 EOS
+    >>> sequence_logprobs(uniform, ids, torch.tensor([2]))     # two tokens at ln(1/257) each
+    tensor([-11.0982])
     """
-    padding = torch.arange(ids.shape[1], device=ids.device) >= _lengths(ids, pad_id)[:, None]
-    logprobs = token_logprobs(model, ids.masked_fill(padding, 0))  # (B, T-1)
-    return logprobs.masked_fill(~response_mask(ids, prompt_lens, pad_id), 0).sum(dim=1)
+    logprobs = token_logprobs(model, ids, pad_id)  # (B, T-1)
+    mask = response_mask(ids, prompt_lens, pad_id)  # (B, T-1)
+    return logprobs.masked_fill(~mask, 0.0).sum(dim=1)  # not "* mask": 0 * -inf would be NaN
 
 
-def sft_loss(model: nn.Module, ids: Tensor, prompt_lens: Tensor, pad_id: int = PAD) -> Tensor:
-    """Supervised fine-tuning: mean negative log-likelihood per response token, in nats; scalar.
+def sft_loss(model, ids, prompt_lens, pad_id=PAD):
+    """Supervised fine-tuning: mean of -log p over all response tokens of a batch; scalar, in nats.
 
-    Zero, with zero gradient, where no row has a response.
+    The mean is over tokens and not over rows, so a long response counts for more than a short one.
+    It is zero, with zero gradient, if no row has a response.
+
+    >>> uniform = lambda ids: torch.zeros(*ids.shape, VOCAB_SIZE)
+    >>> sft_loss(uniform, torch.tensor([[5, 6, 7, EOS, PAD]]), torch.tensor([2]))     # ln 257
+    tensor(5.5491)
     """
     n_tokens = response_mask(ids, prompt_lens, pad_id).sum()
     return -sequence_logprobs(model, ids, prompt_lens, pad_id).sum() / n_tokens.clamp(min=1)
 
 
-def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor,
-             ref_rejected: Tensor, *, beta: float = 0.1) -> tuple[Tensor, Tensor, Tensor]:
-    """Direct Preference Optimization, Eq. 7 of [2]; all tensors (B,), from sequence_logprobs.
+def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta=0.1):
+    """Direct Preference Optimization, Eq. 7 of [2]. All tensors (B,), from sequence_logprobs.
 
-        L = -log sigmoid( beta log pi(y_w|x)/ref(y_w|x) - beta log pi(y_l|x)/ref(y_l|x) )
+        reward(y) = beta * (log pi(y|x) - log ref(y|x))                   the implicit reward
+        L = -log sigmoid( reward(chosen) - reward(rejected) )
 
-    y_w is the chosen, y_l the rejected response. Returns the losses and the implicit rewards
-    beta log pi/ref of chosen and rejected, detached. At pi = ref the loss is log 2. Only the
-    difference counts: the log-probability of the chosen response may well fall.
+    Returns (losses, rewards of the chosen, rewards of the rejected), the rewards detached. If the
+    policy equals the reference, the loss is log 2. Larger beta keeps the policy closer to the
+    reference. Only the difference of the rewards counts, so log pi(chosen) may well fall.
+
+    >>> logp = torch.tensor
+    >>> dpo_loss(logp([-4.0]), logp([-9.0]), logp([-5.0]), logp([-6.0]), beta=0.5)
+    (tensor([0.1269]), tensor([0.5000]), tensor([-1.5000]))
     """
     rewards_chosen = beta * (policy_chosen - ref_chosen)
     rewards_rejected = beta * (policy_rejected - ref_rejected)
@@ -428,81 +704,91 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor,
     return losses, rewards_chosen.detach(), rewards_rejected.detach()
 
 
-def spin_loss(policy_real: Tensor, policy_generated: Tensor, opponent_real: Tensor,
-              opponent_generated: Tensor, *, lam: float = 0.1) -> tuple[Tensor, Tensor, Tensor]:
-    """Self-play fine-tuning, Eq. 4.7 of [3] with its logistic l(t) = log(1 + exp(-t)).
+def spin_loss(policy_real, policy_generated, opponent_real, opponent_generated, *, lam=0.1):
+    """Self-Play Fine-Tuning, Eq. 4.7 of [3] with its logistic loss l(t) = log(1 + e^-t).
 
-    The SAME function as dpo_loss, seen from another paper: the demonstration is the chosen
-    response, the opponent (the model as the round began) is the reference and wrote the rejected
-    one. Beware of the letters: SPIN's lambda is DPO's beta.
+    This is dpo_loss under other names: the demonstration ("real") is the chosen response, and the
+    opponent, which is the model at the start of the round, is the reference and wrote the rejected
+    response. Beware of the letters: SPIN's lambda is DPO's beta.
+
+    >>> spin_loss(*torch.tensor([[-4.0], [-9.0], [-5.0], [-6.0]]), lam=0.5)[0]
+    tensor([0.1269])
     """
     return dpo_loss(policy_real, policy_generated, opponent_real, opponent_generated, beta=lam)
 
 
-# ================================================================================================
-# 5. The judge
-# ================================================================================================
-# A judge is a model that is shown a prompt and a response and replies with a verdict in words, from
-# which a score is read. Templates hold {{ variables }}; any other brace is an ordinary character.
-# A model judges better than it writes where checking is easier than doing; on this difference the
-# whole loop lives, and it ends when the difference does.
+# --------------------------------------------------------------------------------------------------
+# 6. The judge
+# --------------------------------------------------------------------------------------------------
+# The same model is the judge. It is shown a prompt and a response in a judge prompt, and replies
+# with a verdict in words, from which a score is read. What usually goes wrong here: the score is
+# read from the response instead of the reply, or a reply without a score breaks the loop.
 
-_VARIABLE = re.compile(r"\{\{\s*([^{}]*?)\s*\}\}")
 _NUMBER = r"([+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+))"
-
-
-def _checked_template(name: str, template: str, needs: Sequence[str]) -> str:
-    """The template, dedented; ValueError where its variables are not those that it needs."""
-    template = textwrap.dedent(template)
-    found = _VARIABLE.findall(template)
-    for variable in {*needs, *found}:
-        in_template = f"{{{{ {variable} }}}} in the {name} {template!r}"
-        _require(variable in needs, f"unknown variable {in_template}; known: {', '.join(needs)}")
-        _require(variable in found, f"there is no {in_template}")
-        _require(variable != "reward" or found.count(variable) == 1, f"more than one {in_template}")
-    return template
-
-
-def _render(template: str, **values: str) -> str:
-    """One pass: braces that come in with a value stay as they are."""
-    return _VARIABLE.sub(lambda match: values[match[1]], template)
+_SPACE = r"[\s*_`]"  # white space and Markdown emphasis
+_OPENING = r"[\"'(\[{<\u201c\u2018]"  # one opening quote or bracket may stand before the number
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """How to ask a judge for a score, and how to read the score out of its reply.
+    """How to ask a judge for a score, and how to read the score from its reply.
 
-    prompt_template: what the judge is shown, with {{ prompt }} and {{ response }}.
-    reward_regex_template: what its verdict looks like, with one {{ reward }} and otherwise literal
-        text, in which case does not matter and any run of white space equals any other.
-    parse_reward: your own reading of the reply, instead of that template.
-    Raises ValueError, with the template, for a missing, repeated or unknown variable.
+    prompt_template: the judge prompt, with {{ prompt }} and {{ response }}.
+    reward_regex_template: what a verdict looks like: literal text with one {{ reward }}.
+    parse_reward: a function reply -> score or None of your own, instead of that template.
+    reward_range: (lowest, highest) score; a score outside counts as none.
+    ValueError for a template with missing, repeated or unknown variables.
+
+    >>> config = RewardConfig("{{ prompt }} {{ response }}", "Score: {{ reward }}", None, (0, 5))
+    >>> [config.parse(reply) for reply in ("Score: 1. No, score:4/5", "**Score:** 4", "Score: 50")]
+    [4.0, 4.0, None]
     """
 
     prompt_template: str
-    reward_regex_template: str
+    reward_regex_template: str | None = None
     parse_reward: Callable[[str], float | None] | None = None
+    reward_range: tuple[float, float] | None = None
 
     def __post_init__(self):
-        needs = {"prompt_template": ["prompt", "response"], "reward_regex_template": ["reward"]}
-        for name, variables in needs.items():
-            object.__setattr__(self, name, _checked_template(name, getattr(self, name), variables))
+        prompt = check_template("prompt_template", self.prompt_template, ["prompt", "response"])
+        object.__setattr__(self, "prompt_template", prompt)  # the class is frozen
+        if self.parse_reward is None:
+            reward = self.reward_regex_template or ""
+            reward = check_template("reward_regex_template", reward, ["reward"])
+            require(len(_VARIABLE.findall(reward)) == 1,
+                    f"the reward_regex_template {reward!r} has more than one {{{{ reward }}}}")
+            object.__setattr__(self, "reward_regex_template", reward)
 
-    def render(self, prompt: str, response: str) -> str:
+    def render(self, prompt, response):
         """The judge prompt for one response."""
-        return _render(self.prompt_template, prompt=prompt, response=response)
+        return render(self.prompt_template, prompt=prompt, response=response)
 
-    def parse(self, reply: str) -> float | None:
-        """The reward in the LAST match of the reply, None where there is none. Never raises, unless
-        your own parse_reward does."""
-        if self.parse_reward is not None:
-            return self.parse_reward(reply)
-        before, after = (r"\s+".join(map(re.escape, re.split(r"\s+", literal)))
-                         for literal in _VARIABLE.split(self.reward_regex_template.strip())[::2])
-        # A number must not be entered in its middle: 12 is not 2, and the search stays linear.
-        found = re.findall((before or "(?<![0-9])") + _NUMBER + after, reply, flags=re.IGNORECASE)
-        reward = float(found[-1]) if found else math.nan
-        return reward if math.isfinite(reward) else None
+    def parse(self, reply):
+        """The score of the LAST verdict in the reply, or None. Never raises (parse_reward may).
+
+        Case, the amount of white space, Markdown emphasis, and one opening bracket or quote before
+        the number do not matter.
+        """
+        score = self.parse_reward(reply) if self.parse_reward else self._last_number(reply)
+        if score is None or not math.isfinite(score):
+            return None
+        low, high = self.reward_range or (-math.inf, math.inf)
+        return score if low <= score <= high else None
+
+    def _last_number(self, reply):
+        # Turn the template into a regular expression. Emphasis may stand between any two of its
+        # characters, and where it has white space there must be some.
+        def pattern(literal):
+            words = [word for word in re.split(f"{_SPACE}+", literal) if word]
+            return f"{_SPACE}+".join("[*_`]*".join(map(re.escape, word)) for word in words)
+
+        before, _, after = _VARIABLE.split(self.reward_regex_template)
+        # Without text before it, do not match the tail of a longer number (the "2" in "12").
+        before, after = pattern(before), pattern(after)
+        before = f"{before}{_SPACE}*(?:{_OPENING}{_SPACE}*)?" if before else "(?<![0-9])"
+        after = f"{_SPACE}*{after}" if after else ""
+        found = re.findall(before + _NUMBER + after, reply, flags=re.IGNORECASE)
+        return float(found[-1]) if found else None
 
 
 DEFAULT_REWARD_CONFIG = RewardConfig(
@@ -523,259 +809,1175 @@ DEFAULT_REWARD_CONFIG = RewardConfig(
     First explain your grade in at most 100 words. Then end with one line of the form
     Score: <total points, 0 to 5>
     """,
-    reward_regex_template="Score: {{ reward }}")
-"""For a real chat model. Additive, after the idea of Figure 2 of [1]: adding up points agreed with
-people on 65 % of the pairs of answers, choosing one of five descriptions on 27 %."""
+    reward_regex_template="Score: {{ reward }}", reward_range=(0, 5))
+"""For a real chat model. The points add up, as in Figure 2 of [1]: such a prompt agreed with people
+on 65 % of the pairs of answers, and choosing one of five descriptions agreed on 27 %."""
+
+# The judge of the letter world (section 1) is short, because its model reads bytes.
+LetterWorld.JUDGE = RewardConfig("? {{ prompt }}\n{{ response }}\n", "= {{ reward }}", None, (0, 5))
 
 
-def _text_of(ids: Tensor, decode: Callable, eos_id: int | None) -> str:
-    """The text of sampled ids without the EOS that may end them."""
-    return decode(ids[:-1] if eos_id is not None and len(ids) and ids[-1] == eos_id else ids)
+def judge(model, reward_config, prompts, responses, *, encode=encode, decode=decode, n_samples=3,
+          max_new_tokens=160, temperature=0.7, logit_filter=None, eos_id=EOS, generator=None,
+          on_reply=None):
+    """The model's score of each response: (B,) floats, NaN where it gave none.
 
+    Each response is judged n_samples times (3 in [1]), and the valid scores are averaged. Only the
+    judge's reply is parsed, so a response that contains "Score: 5" gains nothing. on_reply is
+    called with each reply. max_new_tokens leaves room for the default judge's explanation.
 
-def judge(model: nn.Module, reward_config: RewardConfig, prompts: Sequence[str],
-          responses: Sequence[str], *, encode: Callable = encode, decode: Callable = decode,
-          n_samples: int = 3, max_new_tokens: int = 160, temperature: float = 0.7,
-          logit_filter: Callable | None = None, eos_id: int | None = EOS,
-          is_valid_reward: Callable[[float], bool] | None = None,
-          generator: torch.Generator | None = None,
-          on_reply: Callable[[str], None] | None = None) -> Tensor:
-    """The model's score of each response: (B,) float, NaN where it gave none.
+    ValueError: unequal numbers of prompts and responses, or a judge prompt that leaves the model no
+    room to reply.
 
-    Every response is judged n_samples times (3 in [1]), all in one batch. Replies without a score,
-    or with one that is not valid, are dropped, and the others averaged. Only the judge's own words
-    are parsed, so a response that says "Score: 5" earns nothing by it. on_reply is shown each
-    reply. Raises ValueError where a judge prompt leaves the model no room to reply.
+    >>> judge(nn.Sequential(), LetterWorld.JUDGE, [], []).shape
+    torch.Size([0])
     """
-    _require(len(prompts) == len(responses),
-             f"judge: {len(prompts)} prompts but {len(responses)} responses")
-    asked = [torch.as_tensor(encode(reward_config.render(*pair)), dtype=torch.long)
-             for pair in zip(prompts, responses)]
-    replies = sample(model, [ids for ids in asked for _ in range(n_samples)], eos_id=eos_id,
-                     max_new_tokens=max_new_tokens, temperature=temperature,
-                     logit_filter=logit_filter, generator=generator)
-    rewards = []
-    for reply in (_text_of(ids, decode, eos_id) for ids in replies):
-        reward = reward_config.parse(reply)
-        valid = reward is not None and math.isfinite(reward)
-        valid = valid and (is_valid_reward is None or is_valid_reward(reward))
-        rewards.append(reward if valid else math.nan)
+    require(len(prompts) == len(responses),
+            f"judge: {len(prompts)} prompts but {len(responses)} responses")
+    text = TextFormat(encode, decode, eos_id=eos_id)
+    asked = [text.ids(reward_config.render(*pair)) for pair in zip(prompts, responses)]
+    rows = [ids for ids in asked for _ in range(n_samples)]  # row b * n_samples + i
+    replies = sample(model, rows, max_new_tokens=max_new_tokens, temperature=temperature,
+                     logit_filter=logit_filter, eos_id=eos_id, generator=generator)
+    scores = []
+    for reply in map(text.text, replies):
+        score = reward_config.parse(reply)
+        scores.append(math.nan if score is None else score)
         if on_reply is not None:
             on_reply(reply)
-    return torch.tensor(rewards, dtype=torch.float).view(len(prompts), n_samples).nanmean(dim=1)
+    scores = torch.tensor(scores, dtype=torch.float).view(len(prompts), n_samples)
+    return scores.nanmean(dim=1)
 
 
-# ================================================================================================
-# 6. Preference pairs
-# ================================================================================================
-# Wherever rewards come from (the model itself, another model, a program), there is one interface:
-#     reward_fn(prompts: list[str], responses: list[str]) -> (B,), with NaN for "no opinion"
+# --------------------------------------------------------------------------------------------------
+# 7. Preference pairs
+# --------------------------------------------------------------------------------------------------
+# For each prompt the model writes N candidates, somebody rewards them, and a picker chooses two.
+# It does not matter where rewards come from. The model itself, another model, or a program is
+#     reward_fn(prompts: list[str], responses: list[str]) -> (B,) rewards, NaN for "no opinion"
+# What usually goes wrong: a tie or a missing reward shifts the pairs of all later prompts.
 
 
 class PreferencePair(NamedTuple):
-    prompt: Tensor  # ids of the model input, 1-D
-    chosen: Tensor  # ids of the better response
-    rejected: Tensor  # ids of the worse one
-    chosen_reward: float
-    rejected_reward: float
+    """Token ids of one prompt and two responses, their rewards, and their log-probabilities under
+    the frozen reference model, which with_reference_logprobs (section 8) fills in.
+
+    >>> pair = PreferencePair(*torch.tensor([[7], [8], [9]]), chosen_reward=4.0)
+    >>> pair.chosen, pair.ref_chosen
+    (tensor([8]), nan)
+    """
+
+    prompt: Tensor  # 1-D, inside the chat template
+    chosen: Tensor  # 1-D, with EOS if it ended
+    rejected: Tensor
+    chosen_reward: float = math.nan
+    rejected_reward: float = math.nan
+    ref_chosen: float = math.nan
+    ref_rejected: float = math.nan
 
 
-def pick_best_worst(rewards: Tensor) -> tuple[int, int] | None:
-    """The best against the worst of (N,) rewards, as in [1]; None where no two differ."""
+def pick_best_worst(rewards):
+    """The best and the worst of (N,) rewards, as in [1]; None if no two differ. NaN never counts.
+
+    >>> pick_best_worst(torch.tensor([2.0, 5.0, math.nan, 1.0]))
+    (1, 3)
+    """
     known = (~rewards.isnan()).nonzero().flatten()
     if len(known) == 0 or rewards[known].min() == rewards[known].max():
         return None
     return int(known[rewards[known].argmax()]), int(known[rewards[known].argmin()])
 
 
-def pick_best_random(rewards: Tensor) -> tuple[int, int] | None:
-    """The best against any worse one, so that the rejected are of every quality."""
-    if (picked := pick_best_worst(rewards)) is None:
+def pick_best_random(rewards):
+    """The best, and any worse one: rejected answers are then of every quality.
+
+    >>> pick_best_random(torch.tensor([2.0, 5.0]))
+    (1, 0)
+    """
+    picked = pick_best_worst(rewards)
+    if picked is None:
         return None
     worse = (rewards < rewards[picked[0]]).nonzero().flatten()
     return picked[0], int(worse[torch.randint(len(worse), ())])
 
 
-def pick_random_pair(rewards: Tensor) -> tuple[int, int] | None:
-    """Any two, the better one chosen; None where the two that were drawn do not differ."""
+def pick_random_pair(rewards):
+    """Any two, the better one chosen; None if the two that were drawn do not differ.
+
+    >>> pick_random_pair(torch.tensor([2.0, 5.0]))
+    (1, 0)
+    """
     two = torch.randperm(len(rewards))[:2]
     picked = pick_best_worst(rewards[two])
     return picked and (int(two[picked[0]]), int(two[picked[1]]))
 
 
-@dataclass(frozen=True)
-class TextFormat:
-    """How text becomes model input and back."""
+def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=None,
+                         pick_pair=pick_best_worst, is_valid_pair=None, text=TextFormat(), seed=0,
+                         **sampling):
+    """Write N candidates for each prompt, reward them, and pick one pair of each prompt.
 
-    encode: Callable[[str], Sequence[int] | Tensor] = encode
-    decode: Callable[[Tensor], str] = decode
-    chat_template: str = "{{ prompt }}"  # how an instruction becomes model input
-    eos_id: int | None = EOS
-    pad_id: int = PAD  # at the end of a training item it counts for nothing
+    n_pairs: stop when there are so many; None: one pass over all prompts.
+    is_valid_pair(chosen_reward, rejected_reward): chosen > rejected unless you say otherwise.
+    sampling: max_new_tokens, temperature, logit_filter of sample().
+
+    Returns the pairs and how many prompts ended in each way: pairs, unparsed (fewer than two
+    candidates have a reward), tied (no two rewards differ), invalid (equal tokens, or refused by
+    is_valid_pair). ValueError if there is no pair at all; a warning if there are too few.
+
+    >>> reward = lambda prompts, responses: range(len(responses))          # the last one is best
+    >>> model = Transformer(ModelConfig(dim=8, depth=1))
+    >>> pairs, counts = generate_preferences(model, ["hi", "ho"], reward, max_new_tokens=9)
+    >>> [(pair.chosen_reward, pair.rejected_reward) for pair in pairs], counts["tied"]
+    ([(3.0, 0.0), (7.0, 4.0)], 0)
+    """
+    require(n_candidates >= 2, f"n_candidates={n_candidates} is not 2 or more")
+    is_valid_pair = is_valid_pair or (lambda chosen, rejected: chosen > rejected)
+
+    def write_and_reward(numbered):
+        """One chunk of prompts: a list of (prompt, its N candidates, their (N,) rewards)."""
+        number, chunk = numbered
+        with seeded(seed, number):  # no draw depends on which process has which chunk
+            ids = [text.prompt_ids(prompt) for prompt in chunk]
+            rows = sample(model, [row for row in ids for _ in range(n_candidates)],
+                          **{"eos_id": text.eos_id, **sampling})  # row p * N + i: candidate i of p
+            asked = [prompt for prompt in chunk for _ in range(n_candidates)]
+            rewards = as_rewards(reward_fn(asked, [text.text(row) for row in rows]), len(rows))
+        return [(ids[p], rows[p * n_candidates : (p + 1) * n_candidates], of_prompt)
+                for p, of_prompt in enumerate(rewards.split(n_candidates))]
+
+    # The first chunk is small, so that a judge that never gives a score is noticed soon.
+    chunks = [prompts[:4], *(prompts[at : at + 64] for at in range(4, len(prompts), 64))]
+    pairs, counts = [], dict(pairs=0, unparsed=0, tied=0, invalid=0)
+    with seeded(seed):  # for pickers that draw
+        for chunk in parallel_map(write_and_reward, list(enumerate(chunks)), "writing and judging"):
+            for prompt, candidates, rewards in chunk:
+                picked = checked_pick(pick_pair(rewards), n_candidates)
+                if picked is None:
+                    counts["tied" if (~rewards.isnan()).sum() > 1 else "unparsed"] += 1
+                    continue
+                chosen, rejected = candidates[picked[0]], candidates[picked[1]]
+                scores = rewards[list(picked)].tolist()
+                if chosen.equal(rejected) or not is_valid_pair(*scores):
+                    counts["invalid"] += 1
+                    continue
+                pairs.append(PreferencePair(prompt, chosen, rejected, *scores))
+            if n_pairs is not None and len(pairs) >= n_pairs:
+                break
+    pairs = pairs[:n_pairs]
+    counts["pairs"] = len(pairs)
+    summary = f"{counts} from {len(prompts)} prompts with {n_candidates} candidates each"
+    require(len(pairs) > 0, f"no preference pair: {summary}{quoted_replies(reward_fn)}")
+    if n_pairs is not None and len(pairs) < n_pairs:
+        warnings.warn(f"{n_pairs} preference pairs were asked for, but {summary}", stacklevel=2)
+    return pairs, counts
+
+
+# --------------------------------------------------------------------------------------------------
+# 8. Training
+# --------------------------------------------------------------------------------------------------
+# One loop over updates serves all stages. It minimises a weighted sum of objectives, each with its
+# own examples:
+#     SFT         -log p of response tokens, for demonstrations
+#     preference  dpo_loss or spin_loss of pairs, optionally plus -log p of the chosen response
+# An objective returns a SUM of losses and a COUNT, not a mean. The loop divides. A mean of means
+# would weight tokens unequally if batches differ in size, as those of several processes do.
+#
+# In production: gradient accumulation, bfloat16, sharded weights and optimiser states (FSDP).
+
+
+class Objective(NamedTuple):
+    """Something to minimise, and the examples that its batches are drawn from.
+
+    >>> Objective([1, 2, 3], loss=None).weight
+    1.0
+    """
+
+    examples: Sequence
+    loss: Callable  # (model, list of examples) -> (sum of losses, count, {metric: sum})
+    weight: float = 1.0
+
+
+def collate(items, device):
+    """Items (ids, prompt_len) -> ids (B, T), padded on the right with PAD, and prompt_lens (B,).
+
+    >>> collate([(torch.tensor([5, 6, 7]), 1), (torch.tensor([8]), 0)], "cpu")
+    (tensor([[ 5,  6,  7],
+            [ 8, -1, -1]]), tensor([1, 0]))
+    """
+    rows = [ids for ids, _ in items]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+    return ids.to(device), torch.tensor([prompt_len for _, prompt_len in items], device=device)
+
+
+def sft_objective(items, weight=1.0):
+    """sft_loss as a sum and a count of tokens.
+
+    >>> model = Transformer(ModelConfig(dim=8, depth=1))
+    >>> sft_objective([]).loss(model, [(torch.tensor([5, 6, 7]), 1)])[1]        # two tokens
+    tensor(2)
+    """
+    def loss(model, batch):
+        ids, prompt_lens = collate(batch, device_of(model))
+        n_tokens = response_mask(ids, prompt_lens).sum()
+        return -sequence_logprobs(model, ids, prompt_lens).sum(), n_tokens, {}
+    return Objective(items, loss, weight)
+
+
+def pair_logprobs(model, pairs):
+    """log p(chosen | prompt) and log p(rejected | prompt) of each pair: (B,) each, in nats.
+
+    >>> uniform = nn.Embedding.from_pretrained(torch.zeros(257, 257))      # ids -> logits 0
+    >>> pair_logprobs(uniform, [PreferencePair(*torch.tensor([[7], [8], [9]]))])     # ln(1/257)
+    (tensor([-5.5491]), tensor([-5.5491]))
+    """
+    items = [(torch.cat((pair.prompt, pair.chosen)), len(pair.prompt)) for pair in pairs]
+    items += [(torch.cat((pair.prompt, pair.rejected)), len(pair.prompt)) for pair in pairs]
+    return sequence_logprobs(model, *collate(items, device_of(model))).chunk(2)
+
+
+def preference_objective(pairs, loss_fn, nll_weight=0.0):
+    """loss_fn of four log-probabilities (see dpo_loss), plus a likelihood term; count of pairs.
+
+        L = loss_fn(...) - nll_weight * log p(chosen)                     after Eq. 1 of [5]
+
+    Why the second term: DPO asks only that the chosen response gains on the rejected one. Both may
+    lose probability to text that occurs in no pair. A small weight prevents this.
+
+    >>> uniform = nn.Embedding.from_pretrained(torch.zeros(257, 257))      # ids -> logits 0
+    >>> pairs = with_reference_logprobs(uniform, [PreferencePair(*torch.tensor([[7], [8], [9]]))])
+    >>> preference_objective(pairs, dpo_loss).loss(uniform, pairs)[0]      # log 2
+    tensor(0.6931)
+    """
+    def loss(model, batch):
+        chosen, rejected = pair_logprobs(model, batch)  # (B,) each
+        ref_chosen = chosen.new_tensor([pair.ref_chosen for pair in batch])
+        ref_rejected = chosen.new_tensor([pair.ref_rejected for pair in batch])
+        losses, *rewards = loss_fn(chosen, rejected, ref_chosen, ref_rejected)
+        losses = losses - nll_weight * chosen
+        return losses.sum(), len(batch), {
+            "reward_accuracy": (rewards[0] > rewards[1]).sum(),  # the policy prefers the chosen one
+            "reward_margin": (rewards[0] - rewards[1]).sum(),
+            "chosen_logprob": (chosen - ref_chosen).detach().sum(),  # change since the stage began
+            "rejected_logprob": (rejected - ref_rejected).detach().sum()}
+    return Objective(pairs, loss)
+
+
+def with_reference_logprobs(model, pairs):
+    """Freeze the reference: the pairs, sorted by length, with ref_chosen and ref_rejected under the
+    model as it is now.
+
+    These numbers are all that DPO needs of its reference, so no second model is kept, and nothing
+    can drift. Pairs go through the model in pieces of at most 4,096 tokens, whatever their lengths,
+    because the logits of a piece take V numbers a token.
+
+    >>> uniform = nn.Embedding.from_pretrained(torch.zeros(257, 257))
+    >>> pair = PreferencePair(*torch.tensor([[7], [8], [9]]))
+    >>> round(with_reference_logprobs(uniform, [pair])[0].ref_chosen, 4)   # ln(1/257)
+    -5.5491
+    """
+    def add_reference(piece):
+        batch = [pairs[i] for i in piece]
+        with evaluating(model):
+            chosen, rejected = pair_logprobs(model, batch)
+        return [pair._replace(ref_chosen=log_w, ref_rejected=log_l)
+                for pair, log_w, log_l in zip(batch, chosen.tolist(), rejected.tolist())]
+
+    sizes = [2 * (len(p.prompt) + max(len(p.chosen), len(p.rejected))) for p in pairs]
+    found = parallel_map(add_reference, pieces_by_tokens(sizes), "reference")
+    return [pair for piece in found for pair in piece]
+
+
+def shuffled_batches(examples, batch_size, generator):
+    """Endless batches; every example is used once per epoch.
+
+    >>> batches = shuffled_batches("abc", 2, torch.Generator().manual_seed(0))
+    >>> sorted(next(batches) + next(batches) + next(batches))
+    ['a', 'a', 'b', 'b', 'c', 'c']
+    """
+    queue = []
+    while True:
+        while len(queue) < batch_size:
+            order = torch.randperm(len(examples), generator=generator).tolist()
+            queue += [examples[i] for i in order]
+        yield queue[:batch_size]
+        queue = queue[batch_size:]
+
+
+def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
+    """Minimise the weighted sum of the objectives; the model is changed in place.
+
+    Returns steps (how many updates), the loss and each metric as means over the last 20 updates,
+    and their history, averaged to at most 50 points. ValueError if the loss is not finite.
+
+    >>> model = Transformer(ModelConfig(dim=8, depth=1), torch.Generator().manual_seed(0))
+    >>> items = [TextFormat().item("a", "b")]
+    >>> config = SFTConfig(train_dataset=items, steps=30, learning_rate=0.1)
+    >>> record = fit(model, [sft_objective(items)], config)
+    >>> record["history"][0]["loss"] > 5, record["loss"] < 1
+    (True, True)
+    """
+    rank, world_size = rank_and_world_size()  # (0, 1) unless several processes share the work
+    generator = torch.Generator().manual_seed(seed)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.98), weight_decay=config.weight_decay,
+                                  fused=device_of(model).type in ("cpu", "cuda"))
+    batches = [shuffled_batches(o.examples, config.batch_size, generator) for o in objectives]
+    steps, n_examples = config.steps, len(objectives[0].examples)
+    if config.max_epochs is not None:
+        steps = min(steps, math.ceil(config.max_epochs * n_examples / config.batch_size))
+    peak_step = max(1, round(config.warmup * steps))
+    stopping = EarlyStopping(config.eval_fn, config.eval_mode, config.patience)
+    points = []
+    model.train()
+    for step in progress(range(1, steps + 1), f"training, {config.kind}"):
+        # The learning rate climbs linearly to its peak, then falls linearly to zero.
+        share = min(step / peak_step, (steps + 1 - step) / (steps + 1 - peak_step))
+        optimizer.param_groups[0]["lr"] = config.learning_rate * share
+        optimizer.zero_grad()
+        loss, point = torch.zeros(()), {}
+        for objective, stream in zip(objectives, batches):
+            batch = next(stream)[rank::world_size]  # the share of this process
+            total, count, sums = objective.loss(model, batch)
+            count = sum_over_processes(count)
+            loss = loss + objective.weight * total / count
+            point |= {name: value / count for name, value in sums.items()}
+        loss.backward()
+        sum_gradients_over_processes(weights)
+        point = {"loss": loss.detach(), **point}
+        points.append({name: float(sum_over_processes(value)) for name, value in point.items()})
+        require(math.isfinite(points[-1]["loss"]), f"step {step}: the loss is {points[-1]['loss']}")
+        nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
+        optimizer.step()
+        after_update(step)
+        is_due = step % config.eval_every == 0 or step == steps < config.eval_every
+        if config.eval_fn is not None and is_due and stopping.look(model):
+            break
+    stopping.restore(model)
+    return {"steps": step, **summary_of(points)}
+
+
+# --------------------------------------------------------------------------------------------------
+# 9. Stages
+# --------------------------------------------------------------------------------------------------
+# A stage turns one model into the next, and stages can follow each other in any order. What a stage
+# does is written in its `run` from top to bottom. The numbers of the papers are for 70 billion
+# weights; the defaults here are for about 0.16 million.
+#
+# A data set is anything with a length and an index, or a function of the model, called when the
+# stage begins, that returns one.
+
+
+class Context(NamedTuple):
+    """What a stage is told beside the model.
+
+    >>> Context().text.chat_template
+    '{{ prompt }}'
+    """
+
+    text: TextFormat = TextFormat()
+    judges: dict[str, RewardConfig] = {"default": DEFAULT_REWARD_CONFIG}
+    seed: int = 0
+    after_update: Callable[[int], None] = lambda step: None  # called after each update
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """What concerns the updates of every stage. ValueError for a value that makes no sense.
+
+    >>> SFTConfig(train_dataset=[TextFormat().item("a", "b")], steps=0)
+    Traceback (most recent call last):
+    ValueError: SFTConfig: steps = 0 is not above 0
+    """
+
+    kind: ClassVar[str]
+    steps: int = 200  # updates of the weights, at most
+    max_epochs: float | None = None  # passes over the examples, at most; None: no limit
+    batch_size: int = 32  # examples per update; 16 in [1]
+    learning_rate: float = 1e-3  # its peak; [1]: 5.5e-6 for SFT, 1e-6 for DPO
+    warmup: float = 0.05  # share of the updates in which the learning rate climbs to its peak
+    weight_decay: float = 0.0  # of AdamW
+    max_grad_norm: float = 1.0  # gradient clipping: longer gradients are scaled to this length
+    eval_fn: Callable[[nn.Module], Any] | None = None  # the weights with its best value are kept
+    eval_every: int = 50  # updates between evaluations; 200 in [1]
+    eval_mode: str = "max"  # is the best value the largest ("max") or the smallest ("min")?
+    patience: int | None = None  # evaluations without a new best that end the stage; None: never
+    checkpoint_every: int | None = None  # updates between checkpoints; None: only one, at the end
+    replay_dataset: Any = None  # items (ids, prompt_len) to rehearse; the recipe says why
+    replay_weight: float = 1.0  # weight of their sft_loss
 
     def __post_init__(self):
-        _checked_template("chat_template", self.chat_template, ["prompt"])
+        check_fields(self)
 
-    def _ids(self, text: str) -> Tensor:
-        return torch.as_tensor(self.encode(text), dtype=torch.long)
-
-    def prompt_ids(self, prompt: str) -> Tensor:
-        _require(isinstance(prompt, str), f"a prompt is a text, not a {type(prompt).__name__}")
-        return self._ids(_render(self.chat_template, prompt=prompt))
-
-    def item(self, prompt: str, response: str) -> tuple[Tensor, int]:
-        """A training item (ids, prompt_len): prompt, response and EOS."""
-        ids, end = self.prompt_ids(prompt), [] if self.eos_id is None else [self.eos_id]
-        return torch.cat((ids, self._ids(response), ids.new_tensor(end))), len(ids)
-
-    def text(self, ids: Tensor) -> str:
-        return _text_of(ids, self.decode, self.eos_id)
+    def minimise(self, model, objective, context):
+        """fit() the objective, and the replay data if there are any."""
+        objectives = [objective]
+        if self.replay_dataset is not None and self.replay_weight > 0:
+            items = checked_items(self.replay_dataset, "replay_dataset", model)
+            objectives.append(sft_objective(items, self.replay_weight))
+        return fit(model, objectives, self, seed=context.seed, after_update=context.after_update)
 
 
-def respond(model: nn.Module, prompts: Sequence[str], text: TextFormat, max_new_tokens: int,
-            temperature: float = 1.0) -> list[str]:
-    """One response to each prompt."""
-    rows = sample(model, [text.prompt_ids(prompt) for prompt in prompts], eos_id=text.eos_id,
-                  max_new_tokens=max_new_tokens, temperature=temperature)
-    return [text.text(row) for row in rows]
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(StageConfig):
+    """Supervised fine-tuning on items (ids, prompt_len). loss_on_prompt=True learns whole texts.
+
+    >>> SFTConfig(train_dataset=[TextFormat().item("hi", "yo")]).kind
+    'sft'
+    """
+
+    kind: ClassVar[str] = "sft"
+    train_dataset: Any
+    loss_on_prompt: bool = False
+
+    def run(self, model, context):
+        items = checked_items(self.train_dataset, "train_dataset", model)
+        if self.loss_on_prompt:
+            items = [(ids, 0) for ids, _ in items]
+        return self.minimise(model, sft_objective(items), context)
 
 
-def _seed_of(*numbers: int) -> int:
-    """One seed made of all the numbers."""
+@dataclass(frozen=True, kw_only=True)
+class SelfPlayConfig(StageConfig):
+    """SPIN [3]: prefer each demonstration to what the model answers when the stage begins.
+
+    It pulls the model toward the demonstrations and cannot take it beyond them. Minimising exactly
+    multiplies log(p / p_data) by 1 - 1/lam (Theorem 5.4 of [3]): lam=1 arrives in one step, and
+    lam below 1/2 diverges.
+
+    >>> SelfPlayConfig(train_dataset=[TextFormat().item("hi", "yo")]).lam
+    0.1
+    """
+
+    kind: ClassVar[str] = "spin"
+    train_dataset: Any  # items (ids, prompt_len)
+    lam: float = 0.1  # lambda; [3]: 0.1, and 5 in the last round
+    max_epochs: float | None = 8
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    logit_filter: Callable | None = None
+
+    def run(self, model, context):
+        items = checked_items(self.train_dataset, "train_dataset", model)
+
+        def write(start):
+            chunk = [(ids[:n], ids[n:]) for ids, n in items[start : start + 64]]
+            with seeded(context.seed, start):
+                rows = sample(model, [prompt for prompt, _ in chunk], eos_id=context.text.eos_id,
+                              max_new_tokens=self.max_new_tokens, temperature=self.temperature,
+                              logit_filter=self.logit_filter)
+            return [PreferencePair(prompt, real, row) for (prompt, real), row in zip(chunk, rows)]
+
+        written = parallel_map(write, range(0, len(items), 64), "writing")
+        pairs = with_reference_logprobs(model, [pair for chunk in written for pair in chunk])
+        loss_fn = functools.partial(spin_loss, lam=self.lam)
+        return self.minimise(model, preference_objective(pairs, loss_fn), context)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(StageConfig):
+    """DPO [2] on pairs that exist already: what load_pairs returns, or triples of texts (prompt,
+    chosen, rejected).
+
+    >>> DPOConfig(pair_dataset=[("hi", "hello", "what?")]).beta
+    0.1
+    """
+
+    kind: ClassVar[str] = "dpo"
+    pair_dataset: Any
+    beta: float = 0.1  # as in [1]; larger stays closer to the reference
+    loss_fn: Callable = dpo_loss  # or any function of the same form
+    nll_weight: float = 0.0  # of the likelihood term; see preference_objective
+    max_epochs: float | None = 8  # more passes over few pairs overfit them
+
+    def run(self, model, context):
+        pairs = checked_pairs(self.pair_dataset, "pair_dataset", model, context.text)
+        pairs = with_reference_logprobs(model, pairs)
+        loss_fn = functools.partial(self.loss_fn, beta=self.beta)
+        return self.minimise(model, preference_objective(pairs, loss_fn, self.nll_weight), context)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardStageConfig(StageConfig):
+    """Fields of the two stages in which the model writes and somebody rewards.
+
+    >>> RewardStageConfig(prompt_dataset=["hi"]).n_candidates
+    4
+    """
+
+    prompt_dataset: Any  # prompts (str)
+    beta: float = 0.1
+    loss_fn: Callable = dpo_loss
+    nll_weight: float = 0.0
+    max_epochs: float | None = 8
+    n_candidates: int = 4  # N in [1]
+    n_pairs: int | None = None  # None: as many as come up; 3,964 and 6,942 in [1]
+    pick_pair: Callable = pick_best_worst
+    is_valid_reward_pair: Callable[[float, float], bool] | None = None  # (chosen, rejected)
+    pairs_file: Any = None  # a path: the pairs are saved there, to be looked at
+    max_new_tokens: int = 64  # of an answer
+    temperature: float = 1.0  # of an answer; 0.7 in [1]; a small model has little variety to spare
+    logit_filter: Callable | None = None  # in [1]: lambda logits: top_p(logits, 0.9)
+
+
+def preference_round(model, reward_fn, config, context):
+    """One round of the loop turns M_t into M_{t+1}: write, judge, pair, freeze, minimise.
+
+    Returns what fit() returns, and the counts of generate_preferences.
+
+    >>> model = Transformer(ModelConfig(dim=8, depth=1), torch.Generator().manual_seed(0))
+    >>> reward = lambda prompts, responses: range(len(responses))
+    >>> config = ExternalRewardDPOConfig(prompt_dataset=["a", "b"], reward_model=reward, steps=1)
+    >>> record = preference_round(model, reward, config, Context())
+    >>> round(record["loss"], 4), record["pairs"]            # the policy starts at the reference
+    (0.6931, 2)
+    """
+    prompts = checked_prompts(config.prompt_dataset, "prompt_dataset", model)
+    # Write, judge, pair.
+    pairs, counts = generate_preferences(
+        model, prompts, reward_fn, n_candidates=config.n_candidates, n_pairs=config.n_pairs,
+        pick_pair=config.pick_pair, is_valid_pair=config.is_valid_reward_pair, text=context.text,
+        seed=context.seed, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+        logit_filter=config.logit_filter)
+    if config.pairs_file is not None:
+        on_rank_zero(lambda: save_pairs(config.pairs_file, pairs, context.text))
+    # Freeze the reference: M_t.
+    pairs = with_reference_logprobs(model, pairs)
+    # Minimise.
+    loss_fn = functools.partial(config.loss_fn, beta=config.beta)
+    objective = preference_objective(pairs, loss_fn, config.nll_weight)
+    return config.minimise(model, objective, context) | counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfRewardDPOConfig(RewardStageConfig):
+    """Self-rewarding [1]: the model grades its own answers.
+
+    >>> SelfRewardDPOConfig(prompt_dataset=["hi"]).n_judge_samples
+    3
+    """
+
+    kind: ClassVar[str] = "self-reward"
+    rewarding_model: nn.Module | None = None  # None: the model itself; another model: as in [4]
+    reward_config: RewardConfig | str | None = None  # or the name of one; None: the first one
+    n_judge_samples: int = 3  # judgements of an answer, which are averaged; 3 in [1]
+    max_judge_tokens: int = 160  # of a reply; the default judge explains before it gives the score
+    judge_temperature: float = 0.7
+    judge_logit_filter: Callable[[Tensor], Tensor] | None = None
+
+    def run(self, model, context):
+        text, config = context.text, self.reward_config or next(iter(context.judges))
+        if isinstance(config, str):
+            known = ", ".join(context.judges)
+            require(config in context.judges, f"reward_config {config!r} is not one of {known}")
+            config = context.judges[config]
+        reward_fn = JudgeReward(
+            self.rewarding_model or model, config, encode=text.encode, decode=text.decode,
+            eos_id=text.eos_id, n_samples=self.n_judge_samples, temperature=self.judge_temperature,
+            max_new_tokens=self.max_judge_tokens, logit_filter=self.judge_logit_filter)
+        return preference_round(model, reward_fn, self, context)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExternalRewardDPOConfig(RewardStageConfig):
+    """The same loop with any other reward: a reward model, a program, people.
+
+    >>> length = lambda prompts, responses: [len(response) for response in responses]
+    >>> ExternalRewardDPOConfig(prompt_dataset=["hi"], reward_model=length).kind
+    'external-reward'
+    """
+
+    kind: ClassVar[str] = "external-reward"
+    reward_model: Callable  # (prompts, responses) -> rewards, (B,) or (B, 1), NaN: "no opinion"
+
+    def run(self, model, context):
+        return preference_round(model, self.reward_model, self, context)
+
+
+def run_stages(model, stages, context, first=0):
+    """The loop of the paper: each stage starts from the model that the one before has left.
+
+    Yields a record of each stage. A run that is resumed begins with stage `first`.
+
+    >>> model, items = Transformer(ModelConfig(dim=8, depth=1)), [TextFormat().item("hi", "yo")]
+    >>> [record["kind"] for record in run_stages(
+    ...     model, [SFTConfig(train_dataset=items, steps=1)] * 2, Context())]
+    ['sft', 'sft']
+    """
+    for index in range(first, len(stages)):
+        seed = combine_seeds(context.seed, index)
+        with stage_named(index, stages[index]), seeded(seed):
+            record = stages[index].run(model, context._replace(seed=seed))
+        yield {"stage": index, "kind": stages[index].kind, **record}
+
+
+# --------------------------------------------------------------------------------------------------
+# 10. Measuring
+# --------------------------------------------------------------------------------------------------
+# Two questions: how well does a model write, and how well does it judge? A third number is the one
+# to watch: if the score that a model gives itself grows away from the true score, the judge is
+# being fooled.
+
+
+def judging_metrics(truth, judged):
+    """How well `judged` follows `truth`, both (P, N) scores: the five columns of Table 4 in [1].
+
+    With s_ij = sign(x_i - x_j) within each prompt: pairwise accuracy is the share of pairs that
+    truly differ and have the same sign; Kendall's tau-b is the cosine of the two tables of signs;
+    Spearman's rho is the cosine of their row sums, which are centred ranks. A judged NaN ties with
+    everything, a tie is half a hit, "exact" means equal after rounding. None: not defined.
+
+    >>> judging_metrics(np.array([[1, 2, 3]]), np.array([[1, 3, 2]]))["judge_pairwise"]
+    0.6666666666666666
+    """
+    s, t = (np.nan_to_num(np.sign(x[:, :, None] - x[:, None, :])) for x in (truth, judged))
+
+    def cosine(a, b):  # (P, K) each; the mean over P
+        norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        defined = norms > 0
+        return float(((a * b).sum(1)[defined] / norms[defined]).mean()) if defined.any() else None
+
+    best = np.nan_to_num(judged, nan=-np.inf).argmax(1)  # (P,) the judge's favourite
+    return {"judge_pairwise": float(((s * t)[s != 0].mean() + 1) / 2) if s.any() else None,
+            "judge_best5": float((truth[np.arange(len(truth)), best] == truth.max(1)).mean()),
+            "judge_exact": float((np.round(judged) == truth).mean()),
+            "judge_spearman": cosine(s.sum(2), t.sum(2)),
+            "judge_kendall": cosine(s.reshape(len(s), -1), t.reshape(len(t), -1))}
+
+
+def head_to_head(scores, others):
+    """Shares of scores (P, N) that win, tie and lose against those of another model.
+
+    >>> head_to_head([[5, 3]], [[4, 3]])
+    {'win': 0.5, 'tie': 0.5, 'lose': 0.0}
+    """
+    sign = np.sign(np.asarray(scores) - np.asarray(others))
+    return {name: float((sign == of).mean()) for name, of in (("win", 1), ("tie", 0), ("lose", -1))}
+
+
+def measure(model, world, text, to_judge, previous_scores):
+    """What is measured after each stage: writing by the true score, judging against it.
+
+    to_judge: what world.to_judge returned, or None for a model that has not learned to judge.
+    previous_scores: the `scores` (P, 5) of the model to be compared with, or None.
+
+    >>> world, model = LetterWorld(n_eval=1), Transformer(ModelConfig(dim=8, depth=1))
+    >>> sorted(measure(model, world, TextFormat(), to_judge=None, previous_scores=None))
+    ['oracle_greedy', 'oracle_score', 'perfect_rate', 'scores']
+    """
+    asked = [prompt for prompt in world.eval_prompts for _ in range(5)]
+    answers = respond(model, asked, text, world.max_new_tokens)
+    found = {}
+    if world.score is not None:
+        scores = np.reshape(list(map(world.score, asked, answers)), (-1, 5))  # (P, 5)
+        greedy = respond(model, world.eval_prompts, text, world.max_new_tokens, temperature=0)
+        greedy_scores = list(map(world.score, world.eval_prompts, greedy))
+        found = {"oracle_score": float(scores.mean()), "perfect_rate": float((scores == 5).mean()),
+                 "oracle_greedy": float(np.mean(greedy_scores)), "scores": scores.tolist()}
+        found |= head_to_head(scores, previous_scores) if previous_scores is not None else {}
+    if to_judge is not None:
+        grade = functools.partial(judge, model, world.JUDGE, max_new_tokens=MAX_VERDICT_TOKENS)
+        found["self_score"] = float(grade(asked, answers).nanmean())
+    if to_judge:  # your own data may have no held-out example
+        prompts, responses, truth = zip(*to_judge)
+        shape = (-1, 5) if world.score else (1, -1)  # your own data: all in one comparison
+        judged = grade(prompts, responses).numpy()
+        found |= judging_metrics(np.reshape(truth, shape), np.reshape(judged, shape))
+    return {name: None if value != value else value for name, value in found.items()}  # no NaN
+
+
+# --------------------------------------------------------------------------------------------------
+# 11. The recipe
+# --------------------------------------------------------------------------------------------------
+# M0, M1, M2, M3. What the recipe needs of a world, LetterWorld or one of your own:
+#
+#     CHAT_TEMPLATE, JUDGE, max_new_tokens                     formats
+#     demonstrations(n)            -> [(prompt, answer)]       to learn to answer
+#     judgements(n, model, tidy)   -> [(prompt, answer, verdict)]      to learn to judge
+#     prompts(n, purpose)          -> [prompt]                 for the later stages
+#     eval_prompts                    [prompt]                 held out of all the data above
+#     to_judge(model)              -> [(prompt, answer, true score)]   five answers a prompt
+#     score(prompt, answer)        -> true score, 0 to 5
+#
+# Two numbers below are not in the papers, and each has a failure behind it. REPLAY: a stage that
+# trains on answers alone changes the weights that judge, and within a few rounds a small model
+# forgets how to judge, and with it loses its reward. So later stages rehearse the judging data of
+# M1. Their verdicts were written by the true score; it grades no answer of a later stage. The
+# LIKELIHOOD TERM: without it one seed in five drifts into text that occurs in no pair.
+
+
+def number(default, quick, reason):
+    """A field of the recipe: its value, its value under --quick, and what it is and why.
+
+    >>> number(3, 1, "example").default
+    3
+    """
+    return field(default=default, metadata={"quick": quick, "help": reason})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every number of the recipe. The command line has a flag for each.
+
+    >>> Recipe().beta
+    1.0
+    """
+
+    # name                        default  quick  what it is, and why this value
+    stages: str = number("sft,self,self", None, "stages after M0, of sft, self, spin, external")
+    dim: int = number(64, None, "width of the model; 128 is slower and no better here")
+    depth: int = number(4, None, "blocks of the model; comparing two words takes several")
+    base_steps: int = number(400, 60, "updates for M0, enough for its answers to look like answers")
+    sft_steps: int = number(1500, 120, "updates for M1, most of which go into learning to judge")
+    sft_learning_rate: float = number(4e-3, None, "for M0 and M1; 8e-3 diverges on some seeds")
+    dpo_steps: int = number(200, 30, "updates for a later stage, at most 8 passes over its pairs")
+    dpo_learning_rate: float = number(2.5e-4, None, "for later stages; 1e-3 forgets how to judge")
+    beta: float = number(1.0, None, "of DPO, and lambda of SPIN; 0.1 goes too far from M1")
+    nll_weight: float = number(0.1, None, "of the likelihood term; 0: one seed in five drifts away")
+    replay_weight: float = number(4.0, None, "of the replayed judging data; 0: the judge forgets")
+    n_candidates: int = number(4, None, "answers to a prompt, as in [1]")
+    judge_samples: int = number(3, None, "judgements of an answer, as in [1]")
+    demonstrations: int = number(3200, 1600, "size of the instruction data; 3,200 in [1]")
+    judgements: int = number(12000, 1500, "size of the evaluation data; 1,630 in [1], for 70B")
+    stage_prompts: int = number(800, 96, "prompts for a later stage; about 750 of them give a pair")
+    eval_prompts: int = number(200, 40, "held-out prompts, with five answers to each")
+    tidy: bool = number(False, None, "judging data without nonsense: a judge that can be fooled")
+
+
+MAX_VERDICT_TOKENS = 16  # "11101 = 4" and EOS take 10
+
+
+def recipe_stages(recipe, world, items, judging_items):
+    """The stages of the recipe.
+
+    items: the demonstrations as training items. judging_items(model): the judging data as training
+    items, a function because M0 writes some of the answers; None: there are none.
+
+    >>> items = [TextFormat().item("sort ba", "ab")]
+    >>> [stage.kind for stage in recipe_stages(Recipe(), LetterWorld(), items, None)]
+    ['sft', 'sft', 'self-reward', 'self-reward']
+    """
+    sft = dict(learning_rate=recipe.sft_learning_rate)
+    later = dict(learning_rate=recipe.dpo_learning_rate, steps=recipe.dpo_steps,
+                 max_new_tokens=world.max_new_tokens, replay_dataset=judging_items,
+                 replay_weight=recipe.replay_weight)
+    m0 = SFTConfig(train_dataset=items, loss_on_prompt=True, steps=recipe.base_steps, **sft)
+    stages = [m0]
+    for index, name in enumerate(recipe.stages.split(","), start=1):
+        dpo = dict(prompt_dataset=world.prompts(recipe.stage_prompts, f"stage {index}"),
+                   beta=recipe.beta, nll_weight=recipe.nll_weight, n_candidates=recipe.n_candidates)
+        if name == "sft":
+            both = (lambda model: [*items, *judging_items(model)]) if judging_items else items
+            stage = SFTConfig(train_dataset=both, steps=recipe.sft_steps, **sft)
+        elif name == "self":
+            stage = SelfRewardDPOConfig(n_judge_samples=recipe.judge_samples,
+                                        max_judge_tokens=MAX_VERDICT_TOKENS, **dpo, **later)
+        elif name == "external":
+            true_score = lambda prompts, answers: list(map(world.score, prompts, answers))
+            stage = ExternalRewardDPOConfig(reward_model=true_score, **dpo, **later)
+        else:
+            stage = SelfPlayConfig(train_dataset=items, lam=recipe.beta, **later)
+        stages.append(stage)
+    return stages
+
+
+# ==================================================================================================
+# Part II: engineering
+# ==================================================================================================
+# What the algorithm needs to be used and not only read. Nothing below changes what is learned.
+
+import argparse
+import atexit
+import contextlib
+import dataclasses
+import datetime
+import io
+import json
+import operator
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+# --------------------------------------------------------------------------------------------------
+# 12. Tools that Part I calls
+# --------------------------------------------------------------------------------------------------
+
+
+def one_mistake(letters, alphabet, rng):
+    """The letters with two of them swapped, one lost, or a random one inserted."""
+    result = list(letters)
+    i, j = rng.integers(len(result), size=2)
+    mistake = rng.choice(["swap", "lose", "insert"])
+    if mistake == "swap":
+        result[i], result[j] = result[j], result[i]
+    elif mistake == "lose" and len(result) > 1:
+        result.pop(i)
+    else:
+        result.insert(i, rng.choice(list(alphabet)))
+    return "".join(result)
+
+
+def made_up_answer(prompt, target, alphabet, rng):
+    """An answer with 0 to 4 mistakes, or nonsense, or a wrong answer that imitates the judge."""
+    body = target
+    for _ in range(rng.choice(5, p=(0.3, 0.25, 0.2, 0.15, 0.1))):
+        body = one_mistake(body, alphabet, rng)
+    kind = rng.choice(["letters", "nonsense", "attack"], p=(0.8, 0.1, 0.1))
+    if kind == "nonsense":
+        body = "".join(rng.choice(list("01 =?>:.\n" + alphabet), size=rng.integers(1, 10)))
+    if kind == "attack":
+        lines = [f"? {prompt}", f"Sure: {target}", "Sure: right", "11111 = 5"]
+        attack = rng.choice(lines, size=rng.integers(1, 4))
+        body = "\n".join([body[: rng.integers(1, 7)], *attack])
+    often = (0.5, 0.35, 0.05, 0.05, 0.05)
+    start = rng.choice(["Sure: ", "", "Sure:", "sure: ", "Sure "], p=often)
+    return start + body + rng.choice([".", "", ",", ":", ".."], p=often)
+
+
+def combine_seeds(*numbers):
+    """One seed made of several non-negative integers of any size."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 @contextlib.contextmanager
-def _seeded(*numbers: int):
-    """Whatever torch draws on the CPU inside, in the sampler as in a user's own function, follows
-    from the numbers; after it, torch's generator goes on as if nothing had happened."""
+def seeded(*numbers):
+    """Seed torch's global generator within the block, then restore it. A user's own reward function
+    or picker that draws is covered too."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_seed_of(*numbers))
+        torch.manual_seed(combine_seeds(*numbers))
         yield
 
 
-def _as_rewards(values: Any, n: int) -> Tensor:
+def device_of(model):
+    """Where the weights of a model are; the CPU for a model without weights."""
+    return next((weight.device for weight in model.parameters()), torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Evaluation mode without gradients within the block; then every module gets its mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def pieces_by_tokens(lengths, limit=4096):
+    """Row numbers sorted by length and cut into pieces of at most `limit` tokens after padding (or
+    one row). A piece has little padding, fits into a CPU's cache, and bounds the memory of logits.
+
+    >>> pieces_by_tokens([3, 1, 2], limit=4)
+    [[1, 2], [0]]
+    """
+    pieces = [[]]
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
+        if pieces[-1] and (len(pieces[-1]) + 1) * lengths[row] > limit:
+            pieces.append([])
+        pieces[-1].append(row)
+    return pieces
+
+
+class EarlyStopping:
+    """Remember the weights with the best evaluation, and say when to stop: after `patience`
+    evaluations in a row without a new best.
+
+    >>> values = iter([1.0, 3.0, 2.0, 2.5])
+    >>> stopping = EarlyStopping(lambda model: next(values), mode="max", patience=2)
+    >>> [stopping.look(nn.Linear(1, 1)) for _ in range(4)]
+    [False, False, False, True]
+    """
+
+    def __init__(self, eval_fn, mode, patience):
+        self.eval_fn, self.mode, self.patience = eval_fn, mode, patience
+        self.best, self.best_weights, self.looks_since_best = -math.inf, None, 0
+
+    def look(self, model):
+        """Evaluate the model; True if training should stop."""
+        with evaluating(model):
+            value = on_rank_zero(lambda: float(self.eval_fn(model)))
+        value = value if self.mode == "max" else -value
+        self.looks_since_best += 1
+        if value > self.best:  # never true of NaN
+            self.best, self.looks_since_best = value, 0
+            state = model.state_dict()
+            self.best_weights = {name: weight.clone() for name, weight in state.items()}
+        return self.looks_since_best == self.patience
+
+    def restore(self, model):
+        """Load the weights with the best evaluation, if there was any."""
+        if self.best_weights is not None:
+            model.load_state_dict(self.best_weights)
+
+
+def summary_of(points):
+    """Each metric as its mean over the last 20 updates, and the history of all, at most 50 points.
+
+    >>> summary_of([{"loss": 1.0}, {"loss": 2.0}])
+    {'loss': 1.5, 'history': [{'step': 1, 'loss': 1.0}, {'step': 2, 'loss': 2.0}]}
+    """
+    def mean(part):
+        return {name: sum(point[name] for point in part) / len(part) for name in part[0]}
+
+    width = math.ceil(len(points) / 50)  # updates that one point of the history averages
+    parts = [points[at : at + width] for at in range(0, len(points), width)]
+    history = [{"step": min((i + 1) * width, len(points)), **mean(p)} for i, p in enumerate(parts)]
+    return {**mean(points[-20:]), "history": history}
+
+
+class JudgeReward:
+    """judge() as a reward function that keeps its last replies, to be quoted in an error. It ends a
+    stage whose judge gives no score to any answer of the first prompts."""
+
+    def __init__(self, model, reward_config, **how):
+        self.replies = deque(maxlen=3)
+        self.n_scores = 0
+        how = dict(how, on_reply=self.replies.append)
+        self.judge = functools.partial(judge, model, reward_config, **how)
+
+    def __call__(self, prompts, responses):
+        scores = self.judge(prompts, responses)
+        self.n_scores += int((~scores.isnan()).sum())
+        require(self.n_scores > 0, "no preference pair: the judge gave no score to any of the "
+                f"first {len(responses)} answers, all unparsed{quoted_replies(self)}")
+        return scores
+
+
+def quoted_replies(reward_fn):
+    """The end of an error message: what the judge replied, if the reward is a judge's."""
+    replies = list(getattr(reward_fn, "replies", []))
+    return f"; its last replies were {replies}" if replies else ""
+
+
+# --------------------------------------------------------------------------------------------------
+# 13. Several processes
+# --------------------------------------------------------------------------------------------------
+# `torchrun --nproc-per-node 2 srlm.py` starts several processes, each with a rank. Every process
+# holds the whole model; they share the examples of a batch and the prompts to be answered. In a
+# single process each of these functions does the obvious thing.
+
+
+def join_processes():
+    """Meet the other processes, if torchrun has started any."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        from torch.distributed import nn as _  # a later import would keep the group alive
+        dist.init_process_group(timeout=datetime.timedelta(days=1))
+        atexit.register(dist.destroy_process_group)
+
+
+def rank_and_world_size():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def on_rank_zero(work):
+    """Run work() on rank 0 and broadcast the result."""
+    rank, world_size = rank_and_world_size()
+    result = [work() if rank == 0 else None]
+    if world_size > 1:
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
+def parallel_map(work, items, title):
+    """Yield work(item) for each item, in order. The processes work on different items."""
+    rank, world_size = rank_and_world_size()
+    for at in progress(range(0, len(items), world_size), title):
+        result = work(items[at + rank]) if at + rank < len(items) else None
+        results = [result] * world_size
+        if world_size > 1:
+            dist.all_gather_object(results, result)
+        yield from results[: len(items) - at]
+
+
+def sum_over_processes(value):
+    if not dist.is_initialized():
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(float(value), dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.item()
+
+
+def sum_gradients_over_processes(weights):
+    if dist.is_initialized():
+        for weight in weights:
+            if weight.grad is not None:
+                dist.all_reduce(weight.grad)
+
+
+def progress(steps, title):
+    """A progress bar, in a terminal only, for what takes longer than two seconds."""
+    hidden = rank_and_world_size()[0] > 0 or None  # None: tqdm hides it unless it is in a terminal
+    return tqdm(steps, title, delay=2, leave=False, dynamic_ncols=True, disable=hidden)
+
+
+# --------------------------------------------------------------------------------------------------
+# 14. Checks
+# --------------------------------------------------------------------------------------------------
+# A user's mistake becomes one line that says what is wrong, where, and both values.
+
+_MAY_BE_ZERO = ("warmup", "weight_decay", "temperature", "judge_temperature", "replay_weight",
+                "nll_weight", "seed")
+
+
+def check_number(name, value, shown_as):
+    """Refuse a number that makes no sense for the setting of this name."""
+    if type(value) not in (int, float):
+        return
+    lowest = 2 if name == "n_candidates" else 0
+    is_large_enough = value >= lowest if lowest or name in _MAY_BE_ZERO else value > 0
+    rule = f"{lowest} or more" if lowest or name in _MAY_BE_ZERO else "above 0"
+    require(is_large_enough and value < math.inf, f"{shown_as} is not {rule}")
+    require(name != "warmup" or value <= 1, f"{shown_as} is not a share, 0 to 1, of the steps")
+
+
+def check_fields(config):
+    for name, value in vars(config).items():
+        field_name = f"{type(config).__name__}: {name}"
+        check_number(name, value, f"{field_name} = {value!r}")
+        if name == "eval_mode":
+            require(value in ("max", "min"), f'{field_name} = {value!r} is neither "max" nor "min"')
+        if name.endswith("_dataset") and value is not None and not callable(value):
+            check_dataset(value, field_name)
+
+
+def check_dataset(dataset, name):
+    is_indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    require(is_indexed and not isinstance(dataset, (str, bytes, dict)), f"{name} is a "
+            f"{type(dataset).__name__}; it must have a length and an index, as a list has")
+    require(len(dataset) > 0, f"{name} is empty")
+
+
+def entries(dataset, name, model):
+    """All entries of a data set, or of what a function of the model returns."""
+    if callable(dataset):
+        make_dataset = dataset
+        dataset = on_rank_zero(lambda: make_dataset(model))
+    check_dataset(dataset, name)
+    return [dataset[i] for i in range(len(dataset))]
+
+
+def vocabulary_size(model):
+    """V, by asking the model. ValueError if it does not return logits (B, T, V)."""
+    with evaluating(model):
+        logits = model(torch.zeros(1, 1, dtype=torch.long, device=device_of(model)))
+    require(isinstance(logits, Tensor) and logits.ndim == 3, f"the model returns a "
+            f"{type(logits).__name__} instead of logits (B, T, V); wrap it so that it does")
+    return logits.shape[-1]
+
+
+def as_ids(ids, name):
+    """One row of token ids as a tensor on the CPU."""
+    try:
+        row = torch.as_tensor(ids).cpu()
+        is_integer = not row.is_floating_point()
+        is_valid = row.ndim == 1 and (len(row) == 0 or is_integer and row.min() >= 0)
+    except (TypeError, ValueError, RuntimeError):
+        is_valid = False
+    if not is_valid:
+        raise ValueError(f"{name}: {str(ids)[:60]!r} is not a row of token ids, integers from 0 on")
+    return row.long()
+
+
+def checked_rows(prompts, pad_id, limit):
+    """What sample() is given, as a list of 1-D rows; the padding of a (B, T) tensor is cut off."""
+    rows = []
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompts, Tensor):
+            real = (prompt != pad_id).nonzero().flatten()  # places that hold a token
+            prompt = prompt[real[0] : real[-1] + 1] if len(real) else prompt[:0]
+        row = as_ids(prompt, f"sample: prompt {i}")
+        require(0 < len(row) < limit, f"sample: prompt {i} has {len(row)} tokens; it needs "
+                f"1 or more, and room for one more within max_seq_len={limit}")
+        rows.append(row)
+    return rows
+
+
+def checked_items(dataset, name, model):
+    """The training items (ids, prompt_len) of a data set."""
+    items, limit, vocab = [], getattr(model, "max_seq_len", math.inf), vocabulary_size(model)
+    for i, entry in enumerate(entries(dataset, name, model)):
+        try:
+            ids, n = entry
+            n = operator.index(n)  # an integer of Python, numpy or torch
+        except (TypeError, ValueError):
+            shown = str(entry)[:60]
+            raise ValueError(f"{name}: item {i} is {shown!r}, not (ids, prompt_len)") from None
+        ids = as_ids(ids, f"{name}: item {i}")
+        require(0 <= n < len(ids) and 2 <= len(ids) <= limit, f"{name}: item {i} has {len(ids)} "
+                f"tokens, {n} of them prompt; it needs a response, 2 tokens, max_seq_len={limit}")
+        require(ids.max() < vocab, f"{name}: item {i} has token {ids.max()}, vocabulary {vocab}")
+        items.append((ids, n))
+    return items
+
+
+def checked_prompts(dataset, name, model):
+    prompts = entries(dataset, name, model)
+    for i, prompt in enumerate(prompts):
+        kind = type(prompt).__name__
+        require(isinstance(prompt, str), f"{name}: prompt {i} is a {kind}, not a str")
+    return prompts
+
+
+def checked_pairs(dataset, name, model, text):
+    """The pairs of a data set: each a PreferencePair, or texts (prompt, chosen, rejected)."""
+    pairs, limit, vocab = [], getattr(model, "max_seq_len", math.inf), vocabulary_size(model)
+    for i, pair in enumerate(entries(dataset, name, model)):
+        where = f"{name}: pair {i}"
+        if isinstance(pair, PreferencePair):
+            prompt, chosen, rejected = (as_ids(ids, where) for ids in pair[:3])
+            pair = pair._replace(prompt=prompt, chosen=chosen, rejected=rejected)
+        elif isinstance(pair, (tuple, list)) and [type(part) for part in pair] == [str] * 3:
+            (ids, n), (other, _) = text.item(pair[0], pair[1]), text.item(pair[0], pair[2])
+            pair = PreferencePair(ids[:n], ids[n:], other[n:])
+        else:
+            raise ValueError(f"{where} is {str(pair)[:60]!r}, not texts (prompt, chosen, rejected)")
+        size = len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
+        require(size <= limit, f"{where} has {size} tokens, but max_seq_len={limit}")
+        largest = int(torch.cat(pair[:3]).max())
+        require(largest < vocab, f"{where} has token {largest}, vocabulary {vocab}")
+        require(not pair.chosen.equal(pair.rejected), f"{where} has two equal answers")
+        pairs.append(pair)
+    return pairs
+
+
+def checked_pick(picked, n):
+    """What a picker returned: None, or two different indices of n candidates."""
+    if picked is None:
+        return None
+    is_pair = isinstance(picked, (tuple, list)) and len(picked) == 2
+    require(is_pair and set(picked) <= set(range(n)) and picked[0] != picked[1],
+            f"pick_pair returned {picked!r}, not two different indices from 0 to {n - 1}")
+    return int(picked[0]), int(picked[1])
+
+
+def as_rewards(values, n):
     """What a reward function returned (list, array, tensor; (n,) or (n, 1)) as (n,) floats."""
     try:
         rewards = torch.as_tensor(values).detach().to("cpu", torch.float)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"reward function: {type(values).__name__} instead of numbers") from error
-    _require(tuple(rewards.shape) in ((n,), (n, 1)),
-             f"reward function: {n} responses but rewards of shape {tuple(rewards.shape)}")
+    require(tuple(rewards.shape) in ((n,), (n, 1)),
+            f"reward function: {n} responses but rewards of shape {tuple(rewards.shape)}")
     return rewards.reshape(n)
 
 
-def generate_preferences(
-        model: nn.Module, prompts: Sequence[str], reward_fn: Callable, *,
-        n_pairs: int | None = None, n_candidates: int = 4, pick_pair: Callable = pick_best_worst,
-        is_valid_pair: Callable[[float, float], bool] | None = None, max_passes: int = 1,
-        text: TextFormat = TextFormat(), seed: int = 0, replies: Sequence[str] = (), **sampling,
-) -> tuple[list[PreferencePair], dict[str, int]]:
-    """Writes N candidates for each prompt, rewards them, and picks one pair of each prompt.
-
-    Each of at most max_passes passes visits every prompt once, until there are n_pairs pairs (None:
-    as many as come up). A pair counts if chosen and rejected differ in tokens and
-    is_valid_pair(chosen_reward, rejected_reward), which is chosen > rejected by default; `sampling`
-    (max_new_tokens, temperature, logit_filter) is for sample().
-
-    Returns the pairs and the counts of visits: pairs, unparsed (fewer than two candidates got a
-    reward), tied (no two differ) and invalid (the pair was refused). Fewer pairs than asked for is
-    a warning; none at all is a ValueError, which also quotes what reward_fn put into `replies`.
-    """
-    _require(n_candidates >= 2, f"n_candidates must be at least 2, got {n_candidates}")
-    is_valid_pair = is_valid_pair or (lambda chosen, rejected: chosen > rejected)
-
-    size = 64  # prompts that are visited at once; their noise is their own, whoever visits them
-
-    def visit(where: tuple[int, int]) -> list[PreferencePair | str]:
-        a_pass, at = where
-        some, outcomes = prompts[at : at + size], []
-        with _seeded(seed, a_pass, at):
-            ids = [text.prompt_ids(prompt) for prompt in some]
-            rows = sample(model, [row for row in ids for _ in range(n_candidates)],
-                          **{"eos_id": text.eos_id, **sampling})
-            many = [prompt for prompt in some for _ in range(n_candidates)]
-            rewards = _as_rewards(reward_fn(many, [text.text(row) for row in rows]), len(rows))
-            for i, mine in enumerate(rewards.split(n_candidates)):
-                if (picked := pick_pair(mine)) is None:
-                    outcomes.append("tied" if (~mine.isnan()).sum() > 1 else "unparsed")
-                    continue
-                pair = PreferencePair(ids[i], *(rows[i * n_candidates + j] for j in picked),
-                                      *(float(mine[j]) for j in picked))
-                valid = not pair.chosen.equal(pair.rejected) and is_valid_pair(*pair[3:])
-                outcomes.append(pair if valid else "invalid")
-        return outcomes
-
-    visits = [(a_pass, at) for a_pass in range(max_passes) for at in range(0, len(prompts), size)]
-    pairs, counts, done = [], dict(pairs=0, unparsed=0, tied=0, invalid=0), 0
-    while done < len(visits) and (n_pairs is None or len(pairs) < n_pairs):
-        if done * max_passes >= len(visits) and not pairs:
-            break  # a whole pass was in vain
-        enough = len(visits) if n_pairs is None else math.ceil((n_pairs - len(pairs)) / size)
-        some = _shared(visit, visits[done : done + enough], "writing and judging")
-        for outcome in sum(some, []):
-            counts[outcome if isinstance(outcome, str) else "pairs"] += 1
-            pairs += [] if isinstance(outcome, str) else [outcome]
-        done += enough
-    said = "of {} prompts with {} candidates each: {}".format(
-        len(prompts), n_candidates, ", ".join(f"{count} {key}" for key, count in counts.items()))
-    quoted = f"; the judge said, for example, {list(replies)}" if replies else ""
-    _require(bool(pairs), f"no preference pair came {said}{quoted}")
-    if n_pairs is not None and len(pairs) < n_pairs:
-        warnings.warn(f"{n_pairs} preference pairs were asked for; {said}", stacklevel=2)
-    return pairs[:n_pairs], counts | {"pairs": len(pairs[:n_pairs])}
+# --------------------------------------------------------------------------------------------------
+# 15. Files
+# --------------------------------------------------------------------------------------------------
 
 
-def propose_prompts(model: nn.Module, n: int, *, known: Sequence[str] = (),
-                    text: TextFormat = TextFormat(), is_valid: Callable[[str], bool] | None = None,
-                    max_new_tokens: int = 64, max_tries: int = 10, **sampling: Any,
-                    ) -> tuple[list[str], dict[str, int]]:
-    """New prompts that the model writes itself, where the chat template has its {{ prompt }}; it
-    must have learnt to (SFTConfig.loss_on_prompt). [1] shows eight examples to a large model.
-
-    Keeps what is valid, not `known` and not repeated, until there are n or max_tries * n were
-    written. Returns the prompts and the counts: written, valid, new.
-    """
-    header, _, footer = _VARIABLE.split(text.chat_template)
-    _require(bool(header and footer), f"propose_prompts: the chat template {text.chat_template!r} "
-             "must say where a prompt begins and ends, by text before and after it")
-    start = torch.as_tensor(text.encode(header), dtype=torch.long)
-    found, counts = dict.fromkeys(known), dict(written=0, valid=0, new=0)
-    while counts["new"] < n and counts["written"] < max_tries * n:
-        for row in sample(model, [start] * n, max_new_tokens=max_new_tokens, eos_id=text.eos_id,
-                          **sampling):
-            prompt, end, _ = text.text(row).partition(footer)
-            valid = bool(end and prompt.strip()) and (is_valid is None or is_valid(prompt))
-            new = valid and prompt not in found
-            counts = {key: counts[key] + more for key, more in zip(counts, (1, valid, new))}
-            found |= {prompt: None} if new else {}
-    return list(found)[len(set(known)) :][:n], counts
-
-
-def save_pairs(path: str | Path, pairs: Sequence[PreferencePair]) -> None:
-    """Writes the pairs as one .npz: all tokens in a row, the lengths, and the rewards (n, 2)."""
-    arrays = {"rewards": np.array([pair[3:] for pair in pairs])}
-    for i, key in enumerate(("prompt", "chosen", "rejected")):
-        arrays[key] = torch.cat([pair[i] for pair in pairs]).numpy()
-        arrays[key + "_lengths"] = np.array([len(pair[i]) for pair in pairs])
-    np.savez_compressed(buffer := io.BytesIO(), **arrays)
-    _write(Path(path), buffer.getvalue())
-
-
-def load_pairs(path: str | Path) -> list[PreferencePair]:
-    """Reads what save_pairs wrote; ValueError, with the path, for anything else."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            columns = [np.split(file[key], file[key + "_lengths"].cumsum()[:-1])
-                       for key in ("prompt", "chosen", "rejected")]
-            return [PreferencePair(*map(torch.from_numpy, rows), *map(float, rewards))
-                    for *rows, rewards in zip(*columns, file["rewards"], strict=True)]
-    except Exception as error:  # numpy raises half a dozen kinds for damaged files
-        raise ValueError(f"{path} is no file of preference pairs ({error})") from error
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all: under another name first, then renamed."""
+def write_file(path, data):
+    """Write a file whole or not at all: under another name first, then rename it."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -790,828 +1992,452 @@ def _write(path: Path, data: bytes) -> None:
         raise ValueError(f"cannot write {path}: {error.strerror}; older files are whole") from error
 
 
-# ================================================================================================
-# 7. Stages
-# ================================================================================================
-# A stage minimises a weighted sum of terms, each a mean over a data set of its own:
-#     sft              sft_loss of demonstrations
-#     spin             spin_loss of demonstrations against the model's own answers      [+ replay]
-#     self-reward      dpo_loss of pairs that the model wrote and graded        [+ nll] [+ replay]
-#     external-reward  dpo_loss of pairs that the model wrote, somebody graded  [+ nll] [+ replay]
-# Nll is -log p(chosen). Replay is the sft_loss of what must not be forgotten: to train on answers
-# alone moves the weights that judge as well, and a model of this size soon loses its judgement, and
-# with it its reward.
-# One loop, `fit`, minimises any such sum. In production: weights and optimiser in many shards,
-# gradients accumulated over several batches, bfloat16, and a look at the pairs by a person.
+def json_lines(path):
+    """(where, object) of each line of a JSON-lines file. ValueError names file, line and reason."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+            require(isinstance(row, dict), f"{where}: not an object but {line[:40]!r}")
+            yield where, row
 
 
-class Term(NamedTuple):
-    weight: float
-    size: int  # of the data set
-    loss: Callable[[list[int]], tuple[Tensor, Tensor]]  # indices -> (sum of losses, of how many)
+def read_jsonl(path, fields):
+    """The fields of each line: texts, and a score from 0 to 5. ValueError names file and line."""
+    rows = []
+    for where, row in json_lines(path):
+        for name in dict.fromkeys([*row, *fields]):
+            require(name in fields, f"{where}: unknown field {name!r}; known: {', '.join(fields)}")
+            require(name in row, f"{where}: no field {name!r}")
+            value = row[name]
+            if name == "score":
+                require(type(value) in (int, float) and 0 <= value <= 5,
+                        f"{where}: score is {value!r}, not a number from 0 to 5")
+            else:
+                require(isinstance(value, str) and value.strip() != "",
+                        f"{where}: {name} is {value!r}, not a text")
+        rows.append(tuple(row[name] for name in fields))
+    require(len(rows) > 0, f"{path}: no examples")
+    return rows
 
 
-class Run(NamedTuple):
-    """What a stage is told about the run that it is part of."""
+def save_pairs(path, pairs, text):
+    """Write pairs as JSON lines that a person, TRL, LLaMA-Factory and axolotl can read.
 
-    model: nn.Module
-    text: TextFormat
-    judges: dict[str, RewardConfig]
-    seed: int  # of this stage
+    prompt is the model input, with the chat template; chosen and rejected have no EOS, and
+    chosen_ended and rejected_ended say whether there was one.
+    """
+    lines = []
+    for pair in pairs:
+        row = {"prompt": text.decode(pair.prompt)}
+        for name in ("chosen", "rejected"):
+            ids, score = getattr(pair, name), getattr(pair, name + "_reward")
+            row[name] = text.text(ids)
+            row["score_" + name] = None if math.isnan(score) else score
+            row[name + "_ended"] = len(ids) > 0 and int(ids[-1]) == text.eos_id
+        lines.append(json.dumps(row) + "\n")
+    write_file(Path(path), "".join(lines).encode())
 
 
-def create_mock_dataset(length: int, item_or_callable: Any) -> list:
+def load_pairs(path, text):
+    """Read what save_pairs wrote, or a file of others with prompt, chosen and rejected. The tokens
+    are the same wherever a text survives decoding and encoding."""
+    pairs = []
+    for where, row in json_lines(path):
+        ids, scores = [], []
+        for name in ("prompt", "chosen", "rejected"):
+            value = row.get(name)
+            require(isinstance(value, str), f"{where}: {name} is {value!r}, not a text")
+            ended = name != "prompt" and row.get(name + "_ended", True) and text.eos_id is not None
+            end = torch.tensor([text.eos_id] if ended else [], dtype=torch.long)
+            ids.append(torch.cat((text.ids(value), end)))
+        for name in ("score_chosen", "score_rejected"):
+            score = row.get(name)
+            is_score = score is None or type(score) in (int, float)
+            require(is_score, f"{where}: {name} is {score!r}, not a number")
+            scores.append(math.nan if score is None else float(score))
+        pairs.append(PreferencePair(*ids, *scores))
+    require(len(pairs) > 0, f"{path}: no pairs")
+    return pairs
+
+
+# --------------------------------------------------------------------------------------------------
+# 16. The trainer
+# --------------------------------------------------------------------------------------------------
+
+
+class SelfRewardingTrainer:
+    """run_stages, made durable: a checkpoint {folder}/{stage}.{kind}.pt after each stage.
+
+    finetune_configs: the stages, or a dict of arguments for paper_stages.
+    self_reward_prompt_config: the judge, or a dict of judges by name, of which a stage picks one.
+    evaluate: model -> dict, added to the record of each stage.
+    report: called with the record of each finished stage, those that a resume skips included.
+    settings: plain values that every checkpoint keeps; a resume with others is refused.
+    """
+
+    def __init__(self, model, finetune_configs, *, tokenizer_encode=encode, tokenizer_decode=decode,
+                 self_reward_prompt_config=DEFAULT_REWARD_CONFIG, chat_template="{{ prompt }}",
+                 eos_id=EOS, checkpoints_folder="checkpoints", seed=0, device=None, settings=None,
+                 evaluate=lambda model: {}, report=lambda record: None):
+        join_processes()
+        stages, judges = finetune_configs, self_reward_prompt_config
+        self.configs = paper_stages(**stages) if isinstance(stages, dict) else list(stages)
+        require(len(self.configs) > 0 and all(isinstance(c, StageConfig) for c in self.configs),
+                f"finetune_configs: one or more stage configs are needed, not {self.configs!r}")
+        self.judges = judges if isinstance(judges, dict) else {"default": judges}
+        self.text = TextFormat(tokenizer_encode, tokenizer_decode, chat_template, eos_id)
+        self.model = model if device is None else model.to(device)
+        self.folder, self.seed, self.settings = Path(checkpoints_folder), seed, settings or {}
+        self.evaluate, self.report = evaluate, report
+        limit = getattr(model, "max_seq_len", math.inf)
+        for stage, config in enumerate(self.configs):
+            for name in ("max_new_tokens", "max_judge_tokens"):
+                value = getattr(config, name, 0)
+                require(value < limit, f"stage {stage} ({config.kind}): {name} = {value} leaves no "
+                        f"room for a prompt, max_seq_len = {limit}")
+
+    def path(self, stage):
+        """The checkpoint of a stage."""
+        return self.folder / f"{stage}.{self.configs[stage].kind}.pt"
+
+    def __call__(self, *, overwrite_checkpoints=False, resume=False):
+        """Run the stages. Returns the record of each: stage, kind, seconds, steps, loss, history;
+        for preference stages reward_accuracy, reward_margin, chosen_logprob, rejected_logprob;
+        for stages that write pairs also their counts; and what `evaluate` found."""
+        self._check_all()
+        records, is_evaluated = on_rank_zero(lambda: self._begin(overwrite_checkpoints, resume))
+        self.model.load_state_dict(on_rank_zero(self.model.state_dict))  # the same everywhere
+        if not is_evaluated:
+            self._evaluate(records)
+
+        def after_update(step):
+            every, path = self.configs[len(records)].checkpoint_every, self.path(len(records))
+            if every is not None and step % every == 0:
+                self._save(path.with_suffix(f".step{step}.pt"), records)
+
+        context = Context(self.text, self.judges, self.seed, after_update)
+        began = time.perf_counter()
+        for record in run_stages(self.model, self.configs, context, first=len(records)):
+            records.append(plain({**record, "seconds": round(time.perf_counter() - began, 2)}))
+            # Save before evaluating: an error in `evaluate` must not lose the finished stage.
+            self._save(self.path(record["stage"]), records, is_evaluated=False)
+            self._evaluate(records)
+            began = time.perf_counter()
+        return records
+
+    def _check_all(self):
+        """Check whatever can be checked before any work."""
+        vocab, eos_id = vocabulary_size(self.model), self.text.eos_id
+        world_size = rank_and_world_size()[1]
+        require(eos_id is None or 0 <= eos_id < vocab, f"eos_id={eos_id} is outside the model's "
+                f"vocabulary of {vocab}; with eos_id=None answers end by length")
+        checks = dict(train_dataset=checked_items, replay_dataset=checked_items,
+                      prompt_dataset=checked_prompts,
+                      pair_dataset=functools.partial(checked_pairs, text=self.text))
+        for stage, config in enumerate(self.configs):
+            with stage_named(stage, config):
+                require(config.batch_size >= world_size, f"batch_size={config.batch_size} leaves "
+                        f"some of {world_size} processes without an example")
+                for name, check in checks.items():
+                    dataset = getattr(config, name, None)
+                    if dataset is not None and not callable(dataset):
+                        check(dataset, name, self.model)
+
+    def _evaluate(self, records):
+        """Complete the last record, save it again, and report it."""
+        stage = records[-1]["stage"]
+        with stage_named(stage, self.configs[stage]), seeded(self.seed), evaluating(self.model):
+            records[-1] |= on_rank_zero(lambda: plain(self.evaluate(self.model)))
+        self._save(self.path(stage), records)
+        on_rank_zero(lambda: self.report(records[-1]))
+
+    def _begin(self, overwrite, resume):
+        """Prepare the folder; load the last finished stage. Returns the records up to it, and
+        whether the last of them is evaluated."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot make the folder {self.folder}: {error.strerror}") from error
+        if overwrite or os.environ.get("SRLM_CLEAR_CHECKPOINTS") == "1":
+            # Remove every checkpoint of the old run, so that no later resume can take one of them.
+            kinds = "sft|spin|dpo|self-reward|external-reward"
+            for path in list(self.folder.iterdir()):
+                is_ours = re.fullmatch(rf"\d+\.({kinds})(\.step\d+)?\.pt", path.name)
+                if is_ours or overwrite and path.name == "metrics.jsonl":
+                    path.unlink()
+        finished = [stage for stage in range(len(self.configs)) if self.path(stage).exists()]
+        if not finished:
+            return [], True
+        last = self.path(finished[-1])
+        require(resume, f"{last} exists; resume goes on after it, overwrite replaces it")
+        state = load_checkpoint(last)
+        self._compare_settings(last, finished[-1], state["settings"])
+        load_weights(self.model, state, last)
+        for record in state["records"][: None if state["is_evaluated"] else -1]:
+            self.report(record)
+        return state["records"], state["is_evaluated"]
+
+    def _all_settings(self):
+        """Whatever the run depends on and can be compared, data as fingerprints."""
+        flat = {"seed": self.seed, **self.settings, "chat_template": self.text.chat_template,
+                "eos_id": self.text.eos_id}
+        templates = lambda judge: [judge.prompt_template, judge.reward_regex_template,
+                                   list(judge.reward_range or ())]
+        flat |= {f"judge {name}": templates(judge) for name, judge in self.judges.items()}
+        for stage, config in enumerate(self.configs):
+            flat[f"stage {stage}, kind"] = config.kind
+            for name, value in vars(config).items():
+                if name.endswith("_dataset") and not (value is None or callable(value)):
+                    flat[f"stage {stage}, fingerprint of {name}"] = fingerprint(value)
+                elif isinstance(value, RewardConfig):
+                    flat[f"stage {stage}, {name}"] = templates(value)
+                elif isinstance(value, (int, float, str, type(None))):
+                    flat[f"stage {stage}, {name}"] = value
+        return plain(flat)
+
+    def _compare_settings(self, path, finished, then):
+        """Refuse to resume a different run. Settings of stages after `finished` may change."""
+        now = self._all_settings()
+        for key in [*then, *(key for key in now if key not in then)]:
+            stage = re.match(r"stage (\d+)", key)
+            if stage is None or int(stage[1]) <= finished:
+                require(then.get(key) == now.get(key), f"{path} was made with {key} = "
+                        f"{then.get(key)!r}, not {now.get(key)!r}")
+
+    def _save(self, path, records, is_evaluated=True):
+        config, buffer = getattr(self.model, "config", None), io.BytesIO()
+        shape = dataclasses.asdict(config) if isinstance(config, ModelConfig) else None
+        if rank_and_world_size()[0] == 0:
+            torch.save({"format": "srlm 2", "model": self.model.state_dict(), "model_config": shape,
+                        "records": records, "is_evaluated": is_evaluated,
+                        "settings": self._all_settings()}, buffer)
+        on_rank_zero(lambda: write_file(path, buffer.getvalue()))
+
+
+@contextlib.contextmanager
+def stage_named(stage, config):
+    """Say in an error which stage it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"stage {stage} ({config.kind}): {error}") from error
+
+
+def plain(values):
+    """The same without numpy or torch types, so that a checkpoint loads without running code."""
+    try:
+        return json.loads(json.dumps(values, default=lambda value: value.tolist()))
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{str(values)[:60]!r} cannot be written as JSON ({error})") from error
+
+
+def fingerprint(dataset):
+    """A checksum of all entries."""
+    crc = 0
+    for i in range(len(dataset)):
+        entry = dataset[i]
+        parts = entry if isinstance(entry, (tuple, list)) else [entry]
+        parts = [part.tolist() if hasattr(part, "tolist") else part for part in parts]
+        crc = zlib.crc32(repr(parts).encode("utf-8", errors="replace"), crc)
+    return crc
+
+
+def load_checkpoint(path):
+    """What a checkpoint holds: model (the weights), model_config, records, settings. Nothing in the
+    file is executed. ValueError, with the path, for anything but a whole checkpoint of srlm."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist") from error
+    except Exception as error:  # torch raises half a dozen kinds for damaged files
+        raise ValueError(f"{path} is damaged or not a checkpoint ({type(error).__name__}); delete "
+                         "it, and resume runs its stage again") from error
+    require(isinstance(state, dict) and state.get("format") == "srlm 2",
+            f"{path} is not a checkpoint of this version of srlm")
+    return state
+
+
+def load_weights(model, state, path):
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:  # its second line names the first weight that does not fit
+        raise ValueError(f"{path} holds weights of another model, shape {state['model_config']}: "
+                         f"{str(error).splitlines()[1].strip()}") from error
+
+
+def load_model(path):
+    """The built-in Transformer with the weights of a checkpoint."""
+    state = load_checkpoint(path)
+    require(state["model_config"] is not None, f"{path} holds weights of another kind of model")
+    model = Transformer(ModelConfig(**state["model_config"]))
+    load_weights(model, state, path)
+    return model.eval()
+
+
+def paper_stages(sft_dataset, prompt_dataset, *, rounds=2, sft=None, dpo=None):
+    """The stages of [1]: SFT, then rounds of self-reward DPO. sft and dpo set further fields."""
+    first = SFTConfig(train_dataset=sft_dataset, **(sft or {}))
+    later = SelfRewardDPOConfig(prompt_dataset=prompt_dataset, **(dpo or {}))
+    return [first] + [later] * rounds
+
+
+def create_mock_dataset(length, item_or_callable):
     """A stand-in of `length` items: the same item each time, or what each call returns."""
     make = item_or_callable if callable(item_or_callable) else lambda: item_or_callable
     return [make() for _ in range(length)]
 
 
-def collate(items: Sequence[tuple[Tensor, int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Items (ids, prompt_len) -> ids (B, T), padded on the right with -1, and prompt_lens (B,)."""
-    ids = nn.utils.rnn.pad_sequence([ids for ids, _ in items], batch_first=True, padding_value=-1)
-    return ids.to(device), torch.tensor([prompt_len for _, prompt_len in items], device=device)
+def propose_prompts(model, n, *, known=(), text=TextFormat(), is_valid=None, max_new_tokens=64,
+                    max_tries=10, **sampling):
+    """New prompts that the model writes itself, where the chat template has its {{ prompt }}. It
+    must have learned to (SFTConfig.loss_on_prompt); [1] shows examples to a large model instead.
 
-
-def _data(dataset: Any, run: Run) -> Sequence:
-    """A data set is a sequence, or a function of the model as it is when the stage begins."""
-    dataset = _on_main(lambda: dataset(run.model)) if callable(dataset) else dataset
-    _require(len(dataset) > 0, "the data set is empty")
-    return dataset
-
-
-def _items(dataset: Any, run: Run) -> list[tuple[Tensor, int]]:
-    """Training items as (ids without padding, prompt_len), each of which must fit the model."""
-    items, limit = [], getattr(run.model, "max_seq_len", math.inf)
-    for i, (ids, prompt_len) in enumerate(_data(dataset, run)):
-        ids, prompt_len = torch.as_tensor(ids, dtype=torch.long).cpu(), int(prompt_len)
-        ids = ids[: int(_lengths(ids[None], run.text.pad_id))] if len(ids) else ids
-        _require(0 <= prompt_len < len(ids) <= limit,
-                 f"training item {i}: {len(ids)} tokens, of them {prompt_len} prompt; it needs a "
-                 f"response and must fit max_seq_len={limit}")
-        items.append((ids, prompt_len))
-    return items
-
-
-def _sft_term(items: Sequence[tuple[Tensor, int]], run: Run, weight: float = 1.0) -> Term:
-    def loss(indices: list[int]) -> tuple[Tensor, Tensor]:
-        ids, prompt_lens = collate([items[i] for i in indices], _device_of(run.model))
-        n_tokens = response_mask(ids, prompt_lens, -1).sum()
-        return sft_loss(run.model, ids, prompt_lens, -1) * n_tokens, n_tokens
-    return Term(weight, len(items), loss)
-
-
-def _preference_term(better: Sequence, worse: Sequence, loss_fn: Callable, run: Run) -> Term:
-    """Items to prefer to other items, by a loss of four log-probabilities such as dpo_loss.
-
-    The reference is the model as it is now. All that the loss needs of it are its log-
-    probabilities; they are computed here, once, so no second model is held and none can drift.
+    Keeps what is valid, not `known` and not repeated, until there are n prompts or max_tries * n
+    were written. Returns the prompts and the counts: written, valid, new.
     """
-    def logprobs(indices: Sequence[int]) -> Tensor:
-        batch = [side[i] for side in (better, worse) for i in indices]
-        return sequence_logprobs(run.model, *collate(batch, _device_of(run.model)), -1).view(2, -1)
-
-    with _frozen(run.model):
-        pieces = [range(len(better))[at : at + 64] for at in range(0, len(better), 64)]
-        ref = _shared(lambda piece: logprobs(piece).cpu(), pieces, "reference")
-        ref = torch.cat(ref, dim=1).to(_device_of(run.model))  # (2, n)
-
-    def loss(indices: list[int]) -> tuple[Tensor, Tensor]:
-        losses, _, _ = loss_fn(*logprobs(indices), *ref[:, indices])
-        return losses.sum(), losses.new_tensor(len(indices))
-    return Term(1.0, len(better), loss)
-
-
-_AT_LEAST = dict(
-    steps=1, batch_size=1, eval_every=1, patience=1, checkpoint_every=1, n_candidates=2, n_pairs=1,
-    n_judge_samples=1, max_new_tokens=1, max_judge_tokens=1, max_passes=1, temperature=0,
-    judge_temperature=0, warmup=0, weight_decay=0, replay_weight=0, nll_weight=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _StageConfig:
-    """What all stages share. The paper trains 70 billion parameters, this file 0.16 million."""
-
-    kind: ClassVar[str]
-    steps: int = 200  # updates of the weights
-    batch_size: int = 32  # items, or pairs, an update; 16 in [1]
-    learning_rate: float = 1e-3  # the highest; [1]: 5.5e-6 for SFT, 1e-6 for DPO
-    warmup: float = 0.05  # share of the steps in which the rate climbs to it; then it falls to zero
-    weight_decay: float = 0.0  # of AdamW
-    max_grad_norm: float = 1.0  # longer gradients are cut to this length
-    eval_fn: Callable[[nn.Module], Any] | None = None  # the weights with its best value are kept
-    eval_every: int = 50  # updates; 200 in [1]
-    eval_mode: str = "max"  # whether the best value is the largest, "max", or the smallest, "min"
-    patience: int | None = None  # evaluations without a new best that end the stage; None: no end
-    checkpoint_every: int | None = None  # updates; None: one checkpoint, at the end of the stage
-
-    def __post_init__(self):
-        for name, value in vars(self).items():
-            here, least = f"{type(self).__name__}: {name}", _AT_LEAST.get(name)
-            if least is not None and value is not None:
-                _require(least <= value < math.inf, f"{here} = {value!r}, not {least} or more")
-            if name in ("learning_rate", "max_grad_norm", "beta", "lam"):
-                _require(0 < value < math.inf, f"{here} = {value!r}, not above 0")
-            if name.endswith("_dataset") and value is not None and not callable(value):
-                _require(len(value) > 0, f"{here} is empty")
-            if name == "eval_mode":
-                _require(value in ("max", "min"), f'{here} = {value!r}, neither "max" nor "min"')
-
-
-@dataclass(frozen=True, kw_only=True)
-class SFTConfig(_StageConfig):
-    """Supervised fine-tuning on demonstrations."""
-
-    kind: ClassVar[str] = "sft"
-    train_dataset: Any  # items (ids, prompt_len), or a function of the model that returns them
-    loss_on_prompt: bool = False  # True: learn to write prompts as well, as a base model does
-
-    def terms(self, run: Run) -> tuple[list[Term], dict]:
-        items = _items(self.train_dataset, run)
-        items = [(ids, 0) for ids, _ in items] if self.loss_on_prompt else items
-        return [_sft_term(items, run)], {}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _WritingStageConfig(_StageConfig):
-    """What the stages share in which the model learns from answers that it wrote."""
-
-    max_new_tokens: int = 64  # of an answer
-    temperature: float = 1.0  # 0.7 in [1]; a small model has no variety to spare
-    logit_filter: Callable | None = None  # in [1]: lambda logits: top_p(logits, 0.9)
-    replay_dataset: Any = None  # items that it must not forget; not in [1], whose judge is larger
-    replay_weight: float = 1.0  # of their sft_loss
-
-    def sampling(self, run: Run) -> dict[str, Any]:
-        return dict(max_new_tokens=self.max_new_tokens, temperature=self.temperature,
-                    logit_filter=self.logit_filter, eos_id=run.text.eos_id)
-
-    def replay(self, run: Run) -> list[Term]:
-        if self.replay_dataset is None or self.replay_weight == 0:
-            return []
-        return [_sft_term(_items(self.replay_dataset, run), run, self.replay_weight)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SelfPlayConfig(_WritingStageConfig):
-    """SPIN [3]: prefer the demonstrations to what the model answers as the stage begins."""
-
-    kind: ClassVar[str] = "spin"
-    train_dataset: Any  # items (ids, prompt_len), or a function of the model that returns them
-    lam: float = 0.1  # lambda; [3]: 0.1, and 5 in the last round; below 1, LetterWorld overshoots
-
-    def terms(self, run: Run) -> tuple[list[Term], dict]:
-        items = _items(self.train_dataset, run)
-        prompts = [ids[:prompt_len] for ids, prompt_len in items]
-
-        def write(at: int) -> list[Tensor]:
-            with _seeded(run.seed, at):
-                return sample(run.model, prompts[at : at + 64], **self.sampling(run))
-
-        rows = sum(_shared(write, range(0, len(items), 64), "writing"), [])
-        own = [(torch.cat((prompt, row)), len(prompt)) for prompt, row in zip(prompts, rows)]
-        loss_fn = functools.partial(spin_loss, lam=self.lam)
-        return [_preference_term(items, own, loss_fn, run), *self.replay(run)], {}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _RewardStageConfig(_WritingStageConfig):
-    """What the two DPO stages share: the model writes, somebody grades."""
-
-    prompt_dataset: Any  # instructions (str), or a function of the model that returns them
-    beta: float = 0.1  # as in [1]; the larger, the closer the model stays to its reference
-    nll_weight: float = 0.0  # of -log p(chosen), a sum; Eq. 1 of [5] has a mean, [1] has none
-    n_candidates: int = 4  # N in [1]
-    n_pairs: int | None = None  # None: as many as come up; 3,964 and 6,942 in [1]
-    max_passes: int = 1  # over the prompts, as many as n_pairs takes; all if that is None
-    pick_pair: Callable = pick_best_worst
-    is_valid_reward: Callable[[float], bool] | None = None  # another reward counts as none
-    is_valid_reward_pair: Callable[[float, float], bool] | None = None  # (chosen, rejected)
-    pairs_file: str | Path | None = None  # where the pairs are saved, to be looked at
-
-    def terms(self, run: Run) -> tuple[list[Term], dict]:
-        replies: deque[str] = deque(maxlen=3)
-        pairs, counts = generate_preferences(
-            run.model, _data(self.prompt_dataset, run), self.reward_fn(run, replies), seed=run.seed,
-            n_pairs=self.n_pairs, n_candidates=self.n_candidates, max_passes=self.max_passes,
-            pick_pair=self.pick_pair, is_valid_pair=self.is_valid_reward_pair, text=run.text,
-            replies=replies, **self.sampling(run))
-        if self.pairs_file is not None:
-            _on_main(lambda: save_pairs(self.pairs_file, pairs))
-        better, worse = ([(torch.cat((pair.prompt, getattr(pair, side))), len(pair.prompt))
-                          for pair in pairs] for side in ("chosen", "rejected"))
-
-        # DPO asks only that the chosen gain on the rejected. Both may lose, to text that no pair
-        # speaks of. A little likelihood of the chosen, after Eq. 1 of [5], prevents this.
-        def loss_fn(chosen: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-            losses, *rewards = dpo_loss(chosen, *others, beta=self.beta)
-            return losses - self.nll_weight * chosen, *rewards
-
-        return [_preference_term(better, worse, loss_fn, run), *self.replay(run)], counts
-
-
-@dataclass(frozen=True, kw_only=True)
-class SelfRewardDPOConfig(_RewardStageConfig):
-    """Self-rewarding [1]: the model grades its own answers."""
-
-    kind: ClassVar[str] = "self-reward"
-    rewarding_model: nn.Module | None = None  # None: itself; another model is the annotator of [4]
-    reward_config: RewardConfig | str | None = None  # or the name of one; None: the trainer's first
-    n_judge_samples: int = 3  # judgements that are averaged, 3 in [1]
-    max_judge_tokens: int = 160  # of a reply; the default judge explains before it gives the score
-    judge_temperature: float = 0.7
-    judge_logit_filter: Callable[[Tensor], Tensor] | None = None
-
-    def reward_fn(self, run: Run, replies: deque) -> Callable:
-        config = self.reward_config or next(iter(run.judges))
-        if isinstance(config, str):
-            _require(config in run.judges, f"reward_config {config!r}, not of {list(run.judges)}")
-            config = run.judges[config]
-        return functools.partial(
-            judge, self.rewarding_model or run.model, config, encode=run.text.encode,
-            decode=run.text.decode, eos_id=run.text.eos_id, n_samples=self.n_judge_samples,
-            max_new_tokens=self.max_judge_tokens, temperature=self.judge_temperature,
-            logit_filter=self.judge_logit_filter, is_valid_reward=self.is_valid_reward,
-            on_reply=replies.append)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExternalRewardDPOConfig(_RewardStageConfig):
-    """The same with any other reward: a reward model, a program, people."""
-
-    kind: ClassVar[str] = "external-reward"
-    reward_model: Callable  # (prompts, responses) -> rewards, (B,) or (B, 1), NaN for "no opinion"
-
-    def reward_fn(self, run: Run, replies: deque) -> Callable:
-        def reward(prompts: list[str], responses: list[str]) -> Tensor:
-            try:
-                rewards = _as_rewards(self.reward_model(prompts, responses), len(responses))
-            except Exception as error:
-                raise ValueError(f"reward_model: {type(error).__name__}: {error}") from error
-            is_valid = self.is_valid_reward or (lambda reward: True)
-            return torch.tensor([r if is_valid(r) else math.nan for r in rewards.tolist()])
-        return reward
-
-
-def paper_stages(sft_dataset: Any, prompt_dataset: Any, *, rounds: int = 2, sft: dict | None = None,
-                 dpo: dict | None = None) -> list[_StageConfig]:
-    """The recipe of [1], SFT and then rounds of self-reward DPO; sft and dpo set further fields."""
-    return [SFTConfig(train_dataset=sft_dataset, **(sft or {}))] + [
-        SelfRewardDPOConfig(prompt_dataset=prompt_dataset, **(dpo or {})) for _ in range(rounds)]
-
-
-def _batches(size: int, batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """Endless batches of indices; none comes again before all have come."""
-    queue: list[int] = []
-    while True:
-        while len(queue) < batch_size:
-            queue += torch.randperm(size, generator=generator).tolist()
-        yield queue[:batch_size]
-        queue = queue[batch_size:]
-
-
-def fit(model: nn.Module, terms: Sequence[Term], config: _StageConfig, *, seed: int = 0,
-        save: Callable[[int], None] = lambda step: None) -> dict[str, Any]:
-    """Minimises the weighted sum of the terms; returns {"loss" (mean of the last 20), "steps"}.
-
-    With config.eval_fn, the weights that it liked best are put back at the end; `patience` of its
-    evaluations in a row without a new best end the stage. save(step) is called at every
-    checkpoint_every-th step. A loss that is not finite is a ValueError that names the step.
-    """
-    generator, (rank, n_processes) = torch.Generator().manual_seed(seed), _processes()
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    for weight in weights:
-        weight.grad = torch.zeros_like(weight)
-    draws = [_batches(term.size, config.batch_size, generator) for term in terms]
-    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.98), fused=True,
-                                  weight_decay=config.weight_decay)
-    best, best_weights, since_best, losses = -math.inf, None, 0, deque(maxlen=20)
-    model.train()
-    for step in _bar(range(1, config.steps + 1), f"training, {config.kind}"):
-        schedule = min(step / max(1, config.warmup * config.steps), 1 - (step - 1) / config.steps)
-        optimizer.param_groups[0]["lr"] = config.learning_rate * schedule
-        loss = torch.zeros((), device=_device_of(model), requires_grad=True)
-        for term, draw in zip(terms, draws):
-            mine = next(draw)[rank::n_processes]
-            total, count = term.loss(mine) if mine else (0, 0)
-            count = torch.tensor(float(count))
-            _sum(count)  # of all processes, whose shares may be uneven
-            loss = loss + term.weight * total / count
-        optimizer.zero_grad(set_to_none=False)
-        loss.backward()
-        value = torch.tensor(loss.item())
-        _sum(value, *(weight.grad for weight in weights))
-        _require(bool(value.isfinite()), f"step {step}: the loss is {value.item()}")
-        nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
-        optimizer.step()
-        losses.append(value.item())
-        if config.checkpoint_every and step % config.checkpoint_every == 0:
-            save(step)
-        if config.eval_fn is not None and step % config.eval_every == 0:
-            with _frozen(model):
-                score = _on_main(lambda: float(config.eval_fn(model)))
-            score, since_best = score if config.eval_mode == "max" else -score, since_best + 1
-            if score > best:
-                best, since_best = score, 0
-                best_weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-            if since_best == config.patience:
-                break
-    if best_weights is not None:
-        model.load_state_dict(best_weights)
-    return {"loss": sum(losses) / len(losses), "steps": step}
-
-
-def _plain(values: dict) -> dict:
-    """The same without numpy or torch types: a checkpoint must load without running any code."""
-    return json.loads(json.dumps(values, default=lambda value: value.tolist()))
-
-
-class SelfRewardingTrainer:
-    """Runs stages in the order given, of any kinds and any number.
-
-    finetune_configs: the stages, or a dict of arguments for paper_stages.
-    self_reward_prompt_config: the judge, or a dict of judges by name, of which a stage picks one.
-    evaluate: model -> dict, which is added to the record of each stage.
-    report: called with the record of each finished stage, those that a resume skips included.
-    settings: plain values that every checkpoint keeps; resuming with others is refused.
-    Stage i leaves a checkpoint {checkpoints_folder}/{i}.{kind}.pt.
-    """
-
-    def __init__(self, model: nn.Module, finetune_configs: Sequence[_StageConfig] | dict, *,
-                 tokenizer_encode: Callable = encode, tokenizer_decode: Callable = decode,
-                 self_reward_prompt_config: RewardConfig | dict = DEFAULT_REWARD_CONFIG,
-                 chat_template: str = "{{ prompt }}", eos_id: int | None = EOS, pad_id: int = PAD,
-                 checkpoints_folder: str | Path = "checkpoints", seed: int = 0,
-                 device: str | torch.device | None = None, settings: dict | None = None,
-                 evaluate: Callable[[nn.Module], dict] = lambda model: {},
-                 report: Callable[[dict], None] = lambda record: None):
-        _join_processes()
-        stages, judges = finetune_configs, self_reward_prompt_config
-        self.configs = paper_stages(**stages) if isinstance(stages, dict) else list(stages)
-        _require(len(self.configs) > 0 and all(isinstance(c, _StageConfig) for c in self.configs),
-                 f"finetune_configs: one or more stage configs, please, not {self.configs!r}")
-        limit = getattr(model, "max_seq_len", math.inf)
-        for stage, config in enumerate(self.configs):
-            for name in ("max_new_tokens", "max_judge_tokens"):
-                _require(getattr(config, name, 0) < limit, f"stage {stage} ({config.kind}): {name} "
-                         f"= {getattr(config, name, 0)} leaves no room, max_seq_len = {limit}")
-        self.judges = judges if isinstance(judges, dict) else {"default": judges}
-        self.text = TextFormat(tokenizer_encode, tokenizer_decode, chat_template, eos_id, pad_id)
-        self.model = model if device is None else model.to(device)
-        self.folder, self.seed, self.settings = Path(checkpoints_folder), seed, settings or {}
-        self.evaluate, self.report = evaluate, report
-
-    def path(self, stage: int) -> Path:
-        """The checkpoint of a stage."""
-        return self.folder / f"{stage}.{self.configs[stage].kind}.pt"
-
-    def __call__(self, *, overwrite_checkpoints: bool = False, resume: bool = False) -> list[dict]:
-        """Runs the stages; returns a record of each: stage, kind, seconds, loss, steps, for a DPO
-        stage also pairs, unparsed, tied and invalid, and what `evaluate` found."""
-        records = _on_main(lambda: self._begin(overwrite_checkpoints, resume))
-        self.model.load_state_dict(_on_main(self.model.state_dict))  # the same bits everywhere
-        for stage, config in list(enumerate(self.configs))[len(records) :]:
-            began, seed = time.perf_counter(), _seed_of(self.seed, stage)
-            save = lambda step: _on_main(lambda: self._save(
-                self.path(stage).with_suffix(f".step{step}.pt"), records))
-            try:
-                with _seeded(seed):
-                    terms, counts = config.terms(Run(self.model, self.text, self.judges, seed))
-                    fitted = fit(self.model, terms, config, seed=seed, save=save)
-                with _seeded(self.seed), _frozen(self.model):
-                    found = _on_main(lambda: self.evaluate(self.model))
-            except ValueError as error:
-                raise ValueError(f"stage {stage} ({config.kind}): {error}") from error
-            seconds = round(time.perf_counter() - began, 2)
-            records.append(_plain({"stage": stage, "kind": config.kind, "seconds": seconds,
-                                   **fitted, **counts, **found}))
-            _on_main(lambda: self._finish(stage, records))
-        return records
-
-    def _finish(self, stage: int, records: list[dict]) -> None:
-        """From here on, a resume goes on after this stage; no later one of an older run is left."""
-        self._save(self.path(stage), records)
-        for later in range(stage + 1, len(self.configs)):
-            self.path(later).unlink(missing_ok=True)
-        self.report(records[-1])
-
-    def _begin(self, overwrite: bool, resume: bool) -> list[dict]:
-        """Prepares the folder; after a resume the model is that of the last finished stage, and the
-        records up to it are returned."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"cannot make the folder {self.folder}: {error.strerror}") from error
-        if os.environ.get("SRLM_CLEAR_CHECKPOINTS") == "1":
-            ours = re.compile(r"\d+\.(sft|spin|self-reward|external-reward)(\.step\d+)?\.pt")
-            for path in filter(lambda path: ours.fullmatch(path.name), self.folder.iterdir()):
-                path.unlink()
-        for path in map(self.path, range(len(self.configs))):
-            _require(resume or overwrite or not path.exists(),
-                     f"{path} exists; resume goes on after it, overwrite replaces it")
-        records = self._resume() if resume else []
-        for record in records:
-            self.report(record)
-        return records
-
-    def _settings(self) -> dict[str, Any]:
-        """All plain values that the run depends on, to be compared when it is resumed."""
-        flat = {"seed": self.seed, **self.settings}
-        for stage, config in enumerate(self.configs):
-            flat[f"stage {stage}, kind"] = config.kind
-            flat |= {f"stage {stage}, {name}": value for name, value in vars(config).items()
-                     if isinstance(value, (int, float, str, type(None)))}
-        return _plain(flat)
-
-    def _save(self, path: Path, records: list[dict]) -> None:
-        config = getattr(self.model, "config", None)
-        shape = dataclasses.asdict(config) if isinstance(config, ModelConfig) else None
-        torch.save({"format": "srlm 1", "model": self.model.state_dict(), "model_config": shape,
-                    "records": records, "settings": self._settings()}, buffer := io.BytesIO())
-        _write(path, buffer.getvalue())
-
-    def _resume(self) -> list[dict]:
-        """Loads the last whole checkpoint; returns the records up to it ([] without any)."""
-        for stage in reversed(range(len(self.configs))):
-            if not (path := self.path(stage)).exists():
-                continue
-            try:
-                state = load_checkpoint(path)
-            except ValueError as error:
-                aside = path.with_name(path.name + ".damaged")
-                os.replace(path, aside)
-                warnings.warn(f"{error}; it is now {aside.name}, and stage {stage} runs again")
-                continue
-            now = self._settings()
-            for key, then in state["settings"].items():
-                later = re.match(r"stage (\d+)", key)  # what follows this stage may be planned anew
-                _require(later is not None and int(later[1]) > stage or now.get(key) == then,
-                         f"{path} was made with {key} = {then!r}, not {now.get(key)!r}")
-            _load_weights(self.model, state, path)
-            return state["records"]
-        return []
-
-
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint holds: model (the weights), model_config, records, settings. Nothing in the
-    file is executed. ValueError, with the path, for anything but a whole checkpoint of srlm."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen kinds for damaged files
-        raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from error
-    _require(isinstance(state, dict) and state.get("format") == "srlm 1",
-             f"{path} is no checkpoint of srlm")
-    return state
-
-
-def _load_weights(model: nn.Module, state: dict[str, Any], path: str | Path) -> None:
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:  # with a line for each weight
-        raise ValueError(f"{path} holds weights of another model, shape {state['model_config']}: "
-                         f"{str(error).splitlines()[1].strip()}") from error
-
-
-def load_model(path: str | Path) -> Transformer:
-    """The built-in Transformer with the weights of a checkpoint."""
-    state = load_checkpoint(path)
-    _require(state["model_config"] is not None, f"{path} holds weights of another kind of model")
-    model = Transformer(ModelConfig(**state["model_config"]))
-    _load_weights(model, state, path)
-    return model.eval()
-
-
-# ================================================================================================
-# 8. A world small enough to grade
-# ================================================================================================
-# Whether answers get better, people or a larger model must say in real life. Here a program knows:
-# instructions about a few letters, and a rubric of five points. It makes the seed data, as the
-# annotators of [1] did, and it measures. It never speaks to a self-reward stage.
-#
-# The loop needs three things of a world, and this one has them: a demonstrator who is mediocre, so
-# that there is something to gain; variety in what a model of him writes, so that the best of four
-# answers beats their mean; and a rubric that a small model can learn to apply.
-
-INSTRUCTIONS: dict[str, Callable[[str], str]] = {
-    "sort": lambda letters: "".join(sorted(letters)),
-    "copy": lambda letters: letters,
-    "reverse": lambda letters: letters[::-1],
-    "rotate": lambda letters: letters[1:] + letters[:1],
-}
-
-
-class LetterWorld:
-    """Prompts like "sort dbca", whose perfect answer is "Sure: abcd.", and a score of 0 to 5.
-
-    The demonstrator is sloppy. Half of its answers have wrong letters, and most lack the "Sure: "
-    and the full stop, so its typical answer scores three; who imitates it stays there, and so
-    does who takes its most likely answer. All that is drawn follows from the seed.
-    """
-
-    POINTS = ("polite", "relevant", "complete", "ordered", "full stop")
-    CHAT_TEMPLATE = "> {{ prompt }}\n"
-    JUDGE = RewardConfig("? {{ prompt }}\n{{ response }}\n", "= {{ reward }}")
-    max_new_tokens = 16  # of an answer
-
-    letters, sizes = "abcdefgh", (4, 5, 6)  # a prompt has 4, 5 or 6 different ones
-
-    def __init__(self, instructions: Sequence[str] = ("sort",), *, n_eval=200, seed=0):
-        self.instructions, self.seed = list(instructions), seed
-        _require(bool(self.instructions) and set(self.instructions) <= set(INSTRUCTIONS),
-                 f"LetterWorld: instructions {self.instructions}; known: {', '.join(INSTRUCTIONS)}")
-        self.eval_prompts: list[str] = []  # while they are drawn; none of them occurs in training
-        self.eval_prompts = self.prompts(n_eval, "evaluation")
-
-    def _rng(self, purpose: str) -> np.random.Generator:
-        return np.random.default_rng([self.seed, *encode(purpose)])
-
-    def prompts(self, n: int, purpose: str) -> list[str]:
-        """n different instructions, none of them an evaluation prompt."""
-        words = sum(math.perm(len(self.letters), size) for size in self.sizes)
-        left = len(self.instructions) * words - len(self.eval_prompts)
-        _require(n <= left, f"LetterWorld: {n} prompts wanted, but there are {left}")
-        rng, found = self._rng(purpose), dict.fromkeys(self.eval_prompts)
-        while len(found) < n + len(self.eval_prompts):
-            letters = rng.permutation(list(self.letters))[: rng.choice(self.sizes)]
-            found[f"{rng.choice(self.instructions)} {''.join(letters)}"] = None
-        return list(found)[len(self.eval_prompts) :]
-
-    def target(self, prompt: str) -> str:
-        """The letters of the perfect answer; ValueError for what is no prompt of this world."""
-        name, _, letters = prompt.partition(" ")
-        different = len(set(letters)) == len(letters) > 1 and set(letters) <= set(self.letters)
-        _require(name in INSTRUCTIONS and different, f"{prompt!r} is no LetterWorld prompt: one of "
-                 f"{', '.join(INSTRUCTIONS)}, a space, different letters of {self.letters}")
-        return INSTRUCTIONS[name](letters)
-
-    def is_valid(self, prompt: str) -> bool:
-        """Whether it is a prompt that this world could give."""
-        with contextlib.suppress(ValueError):
-            name, size = prompt.partition(" ")[0], len(self.target(prompt))
-            return name in self.instructions and size in self.sizes
-        return False
-
-    def points(self, prompt: str, response: str) -> tuple[int, ...]:
-        """The five points, 0 or 1 each; each can be lost alone."""
-        target, body = self.target(prompt), response.removeprefix("Sure: ").removesuffix(".")
-        places = [target.index(letter) for letter in body if letter in target]
-        return (int(response.startswith("Sure: ")),  # polite
-                int(body != "" and set(body) <= set(target)),  # relevant: no other letter
-                int(set(body) >= set(target)),  # complete: all of them
-                int(len(places) > 1 and all(a < b for a, b in zip(places, places[1:]))),  # ordered
-                int(response.endswith(".")))  # full stop
-
-    def score(self, prompt: str, response: str) -> int:
-        """The true score, 0 to 5."""
-        return sum(self.points(prompt, response))
-
-    def verdict(self, prompt: str, response: str) -> str:
-        """What a perfect judge replies: the five points, one by one, and then their sum."""
-        points = self.points(prompt, response)
-        return f"{''.join(map(str, points))} = {sum(points)}"
-
-    def _slip(self, body: str, rng: np.random.Generator) -> str:
-        """One slip of the pen: two letters swapped, one lost, or a stray one put in."""
-        letters, slip, (i, j) = list(body), rng.integers(3), rng.integers(len(body), size=2)
-        if slip == 0:
-            letters[i], letters[j] = letters[j], letters[i]
-        elif slip == 1 and len(letters) > 1:
-            letters.pop(i)
-        else:
-            letters.insert(i, rng.choice(list(self.letters)))
-        return "".join(letters)
-
-    def demonstrate(self, prompt: str, rng: np.random.Generator) -> str:
-        """A sloppy answer."""
-        body = self.target(prompt)
-        for _ in range(rng.choice(3, p=(0.5, 0.3, 0.2))):
-            body = self._slip(body, rng)
-        return ("Sure: " if rng.random() < 0.3 else "") + body + ("." if rng.random() < 0.3 else "")
-
-    def make_up(self, prompt: str, rng: np.random.Generator) -> str:
-        """An answer of any quality, nonsense included, for a judge to practise on."""
-        body = self.target(prompt)
-        for _ in range(rng.choice(5, p=(0.3, 0.25, 0.2, 0.15, 0.1))):
-            body = self._slip(body, rng)
-        if rng.random() < 0.1:
-            body = "".join(rng.choice(list("01 =?>:." + self.letters), size=rng.integers(1, 10)))
-        often = (0.5, 0.35, 0.05, 0.05, 0.05)
-        return (rng.choice(["Sure: ", "", "Sure:", "sure: ", "Sure "], p=often) + body
-                + rng.choice([".", "", ",", ":", ".."], p=often))
-
-    def demonstrations(self, n: int) -> list[tuple[str, str]]:
-        """Seed data to follow instructions, "IFT" in [1]: (prompt, sloppy answer)."""
-        rng = self._rng("demonstrate")
-        prompts = self.prompts(n, "demonstrations")
-        return [(prompt, self.demonstrate(prompt, rng)) for prompt in prompts]
-
-    def judgements(self, n: int, model: nn.Module, tidy: bool) -> list[tuple[str, str, str]]:
-        """Seed data to judge, "EFT" in [1]: (prompt, answer, verdict).
-
-        As in [1], answers of a model are graded, three in ten, at rising temperatures. The others
-        are made up, since that model writes too few good ones. `tidy`: nothing but the
-        demonstrator's own kind of answers. A judge that has seen no nonsense is fooled by it.
-        """
-        prompts, rng, pairs = self.prompts(n, "judgements"), self._rng("make up"), []
-        text, n_own = TextFormat(chat_template=self.CHAT_TEMPLATE), 0 if tidy else round(0.3 * n)
-        for i, temperature in enumerate((1.0, 1.3, 1.6, 2.0)):
-            some = prompts[:n_own][i::4]
-            with _seeded(self.seed, i):
-                pairs += zip(some, respond(model, some, text, self.max_new_tokens, temperature))
-        write = self.demonstrate if tidy else self.make_up
-        pairs += [(prompt, write(prompt, rng)) for prompt in prompts[n_own:]]
-        return [(*pair, self.verdict(*pair)) for pair in pairs]
-
-    def to_judge(self, model: nn.Module) -> list[tuple[str, str, int]]:
-        """What judges are measured by: a model's five answers to each evaluation prompt, scored."""
-        prompts = [prompt for prompt in self.eval_prompts for _ in range(5)]
-        text = TextFormat(chat_template=self.CHAT_TEMPLATE)
-        with _seeded(self.seed):
-            answers = respond(model, prompts, text, self.max_new_tokens)
-        return [(*pair, self.score(*pair)) for pair in zip(prompts, answers)]
-
-
-# ================================================================================================
-# 9. Evaluation
-# ================================================================================================
-# Two axes: how well a model writes, and how well it judges. Watch a third number, the distance of
-# the score that it gives itself from the true one: where it grows, the judge is being fooled.
-
-
-def judging_metrics(truth: np.ndarray, judged: np.ndarray) -> dict[str, float | None]:
-    """How well `judged` follows `truth`, both (P, N): the five columns of Table 4 in [1].
-
-    Three of them are made of s_ij = sign(x_i - x_j), taken within each prompt: pairwise accuracy
-    over the pairs that truly differ; Kendall's tau-b, the cosine of the two sign tables; and
-    Spearman's rho, the cosine of their row sums, which are the ranks about their mean. A judged
-    NaN (no score) ties with everything; a tie is half a hit; exact means after rounding. None
-    where nothing is defined.
-    """
-    s, t = (np.nan_to_num(np.sign(x[:, :, None] - x[:, None, :])) for x in (truth, judged))
-
-    def cosine(a: np.ndarray, b: np.ndarray) -> float | None:  # (P, K), the mean over P
-        norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-        return float(((a * b).sum(1)[norms > 0] / norms[norms > 0]).mean()) if norms.any() else None
-
-    best = np.nan_to_num(judged, nan=-np.inf).argmax(1)  # (P,) the judge's favourite
-    return {"judge_pairwise": float(((s * t)[s != 0].mean() + 1) / 2) if s.any() else None,
-            "judge_best5": float((truth[np.arange(len(truth)), best] == truth.max(1)).mean()),
-            "judge_exact": float((np.round(judged) == truth).mean()),
-            "judge_spearman": cosine(s.sum(2), t.sum(2)),
-            "judge_kendall": cosine(s.reshape(len(s), -1), t.reshape(len(t), -1))}
-
-
-def head_to_head(scores: Any, others: Any) -> dict[str, float]:
-    """Shares of scores (P, N) that win, tie and lose against those of another model."""
-    sign = np.sign(np.asarray(scores) - np.asarray(others))
-    return {key: float((sign == of).mean()) for key, of in (("win", 1), ("tie", 0), ("lose", -1))}
-
-
-# ================================================================================================
-# 10. Command line
-# ================================================================================================
-# train() is the recipe of [1] in this world: a base model M0; M1, which has learnt to answer and to
-# judge from seed data; M2 and M3, each by DPO on what its predecessor wrote and graded.
-
-
-def _option(default: Any, text: str, quick: Any = None) -> Any:
-    """A field of Options: its default, its help, and its value under --quick if that differs."""
-    return field(default=default, metadata={"help": text, "quick": quick or default})
+    header, _, footer = _VARIABLE.split(text.chat_template)
+    require(bool(header and footer), f"propose_prompts: the chat template {text.chat_template!r} "
+            "must say where a prompt begins and ends, by text before and after it")
+    found, counts = dict.fromkeys(known), dict(written=0, valid=0, new=0)
+    while counts["new"] < n and counts["written"] < max_tries * n:
+        for row in sample(model, [text.ids(header)] * n, max_new_tokens=max_new_tokens,
+                          eos_id=text.eos_id, **sampling):
+            prompt, end, _ = text.text(row).partition(footer)
+            valid = bool(end and prompt.strip()) and (is_valid is None or is_valid(prompt))
+            counts["written"] += 1
+            counts["valid"] += valid
+            if valid and prompt not in found:
+                counts["new"] += 1
+                found[prompt] = None
+    return list(found)[len(set(known)) :][:n], counts
+
+
+# --------------------------------------------------------------------------------------------------
+# 17. The command line
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Options:
-    """The command line of a training run; argparse is made from these fields."""
+class Options(Recipe):
+    """The command line of a training run; argparse is made from these fields and the recipe's."""
 
-    stages: str = _option("sft,self,self", "comma-separated, of sft, self, spin, external")
-    seed: int = _option(0, "whatever is drawn follows from it")
-    device: str = _option("cpu", "where the model lives, for example cuda")
-    checkpoints: str = _option("checkpoints", "folder for checkpoints and metrics.jsonl")
-    quick: bool = _option(False, "the same path with smaller numbers")
-    resume: bool = _option(False, "go on after the last finished stage")
-    overwrite: bool = _option(False, "replace the checkpoints of an earlier run")
-    sft: str = _option("", 'your demonstrations, lines of {"prompt", "response"}')
-    judged: str = _option("", 'your judged answers, lines of {"prompt", "response", "score"}')
-    prompts: str = _option("", 'your prompts for the later stages, lines of {"prompt"}')
-    propose: bool = _option(False, "let M0 write the prompts for the later stages")
-    instructions: str = _option("sort", f"what LetterWorld asks for, of {','.join(INSTRUCTIONS)}")
-    replay_weight: float = _option(4.0, "how much later stages rehearse judging; 0: they forget")
-    nll_weight: float = _option(0.1, "how much DPO imitates the chosen answers; 0: it may drift")
-    tidy: bool = _option(False, "judging data without nonsense: a judge that can be fooled")
-    base_steps: int = _option(400, "updates for M0", 60)
-    sft_steps: int = _option(1500, "updates for M1", 120)
-    dpo_steps: int = _option(200, "updates for each later stage", 30)
-    demonstrations: int = _option(3200, "size of LetterWorld's IFT data", 1600)
-    judgements: int = _option(12000, "size of LetterWorld's EFT data", 1500)
-    stage_prompts: int = _option(800, "prompts for each later stage", 64)
-    eval_prompts: int = _option(200, "held-out prompts to measure on", 40)
-    max_seq_len: int = _option(256, "longest text, in bytes, that the model takes")
-    skip_long: bool = _option(False, "leave out, and count, what is longer in your files")
+    seed: int = number(0, None, "random seed")
+    device: str = number("cpu", None, "where the model lives, for example cuda or mps")
+    checkpoints: str = number("checkpoints", None, "folder for checkpoints and metrics.jsonl")
+    quick: bool = number(False, None, "the same run with smaller numbers")
+    resume: bool = number(False, None, "go on after the last finished stage")
+    overwrite: bool = number(False, None, "replace the checkpoints of an earlier run")
+    instructions: str = number("sort", None, f"of LetterWorld: {','.join(INSTRUCTIONS)}")
+    sft: str = number("", None, 'your demonstrations, lines of {"prompt", "response"}')
+    judged: str = number("", None, 'your judged answers, lines of {"prompt", "response", "score"}')
+    prompts: str = number("", None, 'your prompts for the later stages, lines of {"prompt"}')
+    max_seq_len: int = number(256, None, "longest text, in bytes, that the model takes")
+    skip_long: bool = number(False, None, "leave out, and count, what is longer in your files")
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            least = 0 if name in ("seed", "replay_weight", "nll_weight") else 1
-            fine = type(value) not in (int, float) or least <= value < math.inf
-            _require(fine, f"--{name.replace('_', '-')} is {value}, not {least} or more")
-        stages, own = self.stages.split(","), self.sft or self.judged or self.prompts
+            check_number(name, value, f"--{name.replace('_', '-')} {value}")
+        require(self.seed < 2**64, f"--seed {self.seed} is not below 2**64 = {2**64}")
+        stages, files = self.stages.split(","), self.sft or self.judged or self.prompts
         for stage in stages:
-            _require(stage in ("sft", "self", "spin", "external"),
-                     f"--stages: {stage!r} is none of sft, self, spin, external")
-        _require(stages[0] == "sft", "--stages must begin with sft: before, no model can answer")
-        _require(not own or self.sft != "", "--judged and --prompts need --sft, to begin with")
-        _require(not own or self.judged != "" or "self" not in stages, "stage self needs --judged")
-        _require(not own or "external" not in stages, "stage external has no oracle for your data; "
-                 "in Python, ExternalRewardDPOConfig takes any reward")
+            require(stage in ("sft", "self", "spin", "external"),
+                    f"--stages: {stage!r} is none of sft, self, spin, external")
+        require(stages[0] == "sft", "--stages must begin with sft: before it no model can answer")
+        require(not files or self.sft != "", "--judged and --prompts need --sft to begin with")
+        require(not files or self.judged != "" or "self" not in stages, "stage self needs --judged")
+        require(not files or "external" not in stages, "stage external: nobody knows the true "
+                "score of your data; in Python, ExternalRewardDPOConfig takes any reward")
 
     @classmethod
-    def parse(cls, argv: Sequence[str]) -> Options:
+    def parse(cls, argv):
         parser = argparse.ArgumentParser(prog="srlm.py", description=__doc__.split("\n\n")[1],
-                                         epilog='To ask a model: srlm.py ask CHECKPOINT ["PROMPT"]')
+                                         epilog='To ask a model: srlm.py ask CHECKPOINT "PROMPT"')
         for item in dataclasses.fields(cls):
-            of = {"action": "store_true"} if item.default is False else {"type": type(item.default)}
+            is_switch = item.default is False
+            kind = {"action": "store_true"} if is_switch else {"type": type(item.default)}
             parser.add_argument("--" + item.name.replace("_", "-"), default=argparse.SUPPRESS,
-                                help=f"{item.metadata['help']} [{item.default}]", **of)
+                                help=f"{item.metadata['help']} [{item.default}]", **kind)
         given = vars(parser.parse_args(argv))
-        quick = {item.name: item.metadata["quick"] for item in dataclasses.fields(cls)}
-        return cls(**((quick if "quick" in given else {}) | given))
-
-
-def read_jsonl(path: str | Path, fields: Sequence[str]) -> list[tuple]:
-    """The fields of each object of a JSON-lines file (UTF-8). ValueError with file, line and
-    reason: not JSON, a missing or unknown field, no text, a score outside 0 to 5."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            _require(isinstance(row, dict), f"not an object but {line[:40]!r}")
-            for name in dict.fromkeys([*row, *fields]):
-                _require(name in fields, f"unknown field {name!r}; known: {', '.join(fields)}")
-                _require(name in row, f"no field {name!r}")
-                value, is_score = row[name], name == "score"
-                fine = (type(value) in (int, float) and 0 <= value <= 5 if is_score else
-                        isinstance(value, str) and value.strip() != "")
-                _require(fine, f"{name} is {value!r}, no {'score, 0 to 5' if is_score else 'text'}")
-        except ValueError as error:  # a JSONDecodeError is one, too
-            raise ValueError(f"{path}, line {number}: {error}") from error
-        rows.append(tuple(row[name] for name in fields))
-    _require(len(rows) > 0, f"{path}: no examples")
-    return rows
+        quick = {item.name: item.metadata["quick"] for item in dataclasses.fields(cls)
+                 if given.get("quick") and item.metadata["quick"] is not None}
+        return cls(**(quick | given))
 
 
 class OwnData:
-    """The user's files in the place of LetterWorld, without an oracle. One of ten prompts is held
-    out of the demonstrations and of the judged answers, with all that answers it, to measure on."""
+    """A world made of your own files. Nobody knows a true score here, so `score` is None.
 
-    score, is_valid = None, None
+    Held out is every prompt whose CRC-32 is divisible by 10, in all files alike, with its answers.
+    """
 
-    def __init__(self, options: Options):
-        def judge_bytes(prompt: str, response: str) -> int:  # with a byte to spare, and a verdict
-            return len(encode(LetterWorld.JUDGE.render(prompt, response))) + 9
+    CHAT_TEMPLATE, JUDGE, score = LetterWorld.CHAT_TEMPLATE, LetterWorld.JUDGE, None
 
-        def read(path: str, *fields: str) -> tuple[list, list]:
-            rows, limit = read_jsonl(path, fields) if path else [], options.max_seq_len
-            sizes = [judge_bytes(row[0], "".join(row[1:2])) for row in rows]
-            for number, size in enumerate(sizes, 1):
-                _require(size <= limit or options.skip_long, f"{path}, example {number}: {size} "
-                         f"bytes for the judge, but --max-seq-len is {limit}; --skip-long skips it")
-            short = [row for row, size in zip(rows, sizes) if size <= limit]
-            if len(short) < len(rows):
-                warnings.warn(f"{path}: {len(rows) - len(short)} of {len(rows)} examples skipped, "
-                              f"taking the judge more than {limit} bytes")
-            held_out = set(list(dict.fromkeys(row[0] for row in short))[::10])
-            return ([row for row in short if row[0] not in held_out],
-                    [row for row in short if row[0] in held_out][: 5 * options.eval_prompts])
+    def __init__(self, options):
+        self.seed, limit = options.seed, options.max_seq_len
 
-        self.pairs, self.held_out = read(options.sft, "prompt", "response")
-        self.judged, self.held_out_judged = read(options.judged, "prompt", "response", "score")
-        prompts = sum(read(options.prompts, "prompt"), []) or self.pairs
-        _require(len(self.pairs) > 0, f"{options.sft}: {len(self.held_out)} examples fit, of the "
-                 "prompt that is held out to measure on; none is left to learn from")
-        held_out = dict.fromkeys(pair[0] for pair in self.held_out)
-        self.eval_prompts = list(held_out)[: options.eval_prompts]
-        self.own_prompts = sorted({prompt[0] for prompt in prompts} - set(held_out))
-        # The longest answer seen; less if the judge could not read it under the longest prompt.
-        longest = max(judge_bytes(prompt, "") for prompt in [*held_out, *self.own_prompts])
-        self.max_new_tokens = 1 + min(options.max_seq_len - longest,
-                                      max(len(encode(pair[1])) for pair in self.pairs))
+        def size(prompt, response="", score=0.25):  # for the judge, with a verdict
+            asked, verdict = self.JUDGE.render(prompt, response), self.verdict(score)
+            return len(encode(asked + verdict)) + 1
 
-    def demonstrations(self, n: int) -> list[tuple[str, str]]:
+        def read(flag, *fields):
+            """The rows of a file that are learned from, and those that are held out."""
+            path = getattr(options, flag)
+            rows = read_jsonl(path, fields) if path else []
+            fitting = [row for row in rows if size(*row) <= limit]
+            for number, row in enumerate(rows, 1):
+                require(size(*row) <= limit or options.skip_long, f"{path}, example {number}: "
+                        f"{size(*row)} bytes for the judge, but --max-seq-len is {limit}; "
+                        "--skip-long skips it")
+            if len(fitting) < len(rows):
+                n_skipped = len(rows) - len(fitting)
+                warnings.warn(f"{path}: {n_skipped} of {len(rows)} examples skipped, longer than "
+                              f"{limit} bytes for the judge")
+            parts = ([], [])
+            for row in fitting:
+                parts[zlib.crc32(bytes(encode(row[0]))) % 10 == 0].append(row)
+            learned, held_out = parts
+            require(not path or len(learned) > 0, f"--{flag} {path}: none of {len(rows)} examples "
+                    f"is left to learn from; {len(held_out)} are held out, the others skipped")
+            require(flag != "sft" or len(held_out) > 0, f"--sft {path}: no prompt is held out to "
+                    "measure on (one in ten is, by its CRC-32); it needs more different prompts")
+            return learned, held_out[: 5 * options.eval_prompts]
+
+        self.pairs, self.held_out = read("sft", "prompt", "response")
+        self.judged, self.held_out_judged = read("judged", "prompt", "response", "score")
+        held_out_prompts = dict.fromkeys(row[0] for row in self.held_out)
+        self.eval_prompts = list(held_out_prompts)[: options.eval_prompts]
+        self.own_prompts = sorted({row[0] for row in read("prompts", "prompt")[0] or self.pairs})
+        if len(self.own_prompts) > options.stage_prompts:
+            warnings.warn(f"each later stage draws {options.stage_prompts} of "
+                          f"{len(self.own_prompts)} prompts; --stage-prompts changes that")
+        # The longest answer seen, or less if the judge could not read it under the longest prompt.
+        longest = max(map(size, [*self.eval_prompts, *self.own_prompts]))
+        longest_answer = max(len(encode(answer)) for _, answer in self.pairs)
+        self.max_new_tokens = 1 + min(limit - longest, longest_answer)
+
+    def demonstrations(self, n):
         return self.pairs
 
-    def judgements(self, n: int, model: nn.Module, tidy: bool) -> list[tuple[str, str, str]]:
-        return [(prompt, response, f"= {score:g}") for prompt, response, score in self.judged]
+    def judgements(self, n, model, tidy):
+        return [(prompt, response, self.verdict(score)) for prompt, response, score in self.judged]
 
-    def to_judge(self, model: nn.Module) -> list[tuple[str, str, float]]:
+    @staticmethod
+    def verdict(score):
+        return f"= {np.format_float_positional(score, trim='-')}"  # never "1e-05"
+
+    def to_judge(self, model):
         return self.held_out_judged
 
-    def prompts(self, n: int, purpose: str) -> list[str]:
-        order = np.random.default_rng(encode(purpose)).permutation(len(self.own_prompts))
-        return [self.own_prompts[i] for i in order[:n]]
+    def prompts(self, n, purpose):
+        rng = np.random.default_rng([self.seed, *encode(purpose)])
+        return [self.own_prompts[i] for i in rng.permutation(len(self.own_prompts))[:n]]
 
 
 _COLUMNS = {  # heading: (key in metrics.jsonl, format)
@@ -1623,15 +2449,15 @@ _KEYS = ("stage", "kind", "model", "seconds", "loss", "oracle_score", "oracle_gr
          "perfect_rate", "self_score", "win", "tie", "lose", "judge_pairwise", "judge_best5",
          "judge_exact", "judge_spearman", "judge_kendall")
 _LEGEND = """\
-true score  mean points, of 5, of answers drawn at temperature 1; greedy: of the likeliest answers
+true score  mean points, of 5, of answers drawn at temperature 1; greedy: of the most likely answers
 perfect     share of the drawn answers with all five points
-self-score  mean score that the model gives its own answers; above the true one, it fools itself
+self-score  mean score that the model gives its own answers; above the true score, it fools itself
 win, lose   share of answers better and worse than those of the model in the line above
 judge       share of pairs of answers, the same for all models, that it puts in the right order
 """
 
 
-def _table_row(line: dict) -> str:
+def table_row(line):
     row = f"{line['model']:<14}"
     for heading, (key, form) in _COLUMNS.items():
         cell = "-" if line.get(key) is None else format(line[key], form)
@@ -1639,162 +2465,150 @@ def _table_row(line: dict) -> str:
     return row
 
 
-def train(options: Options) -> list[dict]:
-    """The training run: M0 (SFT on whole texts), M1 (SFT on answers and verdicts), later stages.
-    Prints the table as it grows; returns the lines of metrics.jsonl."""
-    _join_processes()  # before the first use of a device, for each has its own
+def say(*lines):
+    """Print at once. A closed pipe, as of `| head -1`, does not end the run."""
     try:
-        torch.empty(0, device=options.device)
-    except (AssertionError, RuntimeError) as error:
-        complaint = str(error).splitlines()[0]
-        raise ValueError(f"--device {options.device}: {complaint}") from error
-    world: Any = OwnData(options) if options.sft else LetterWorld(
-        options.instructions.split(","), n_eval=options.eval_prompts, seed=options.seed)
-    pairs, prompts = world.demonstrations(options.demonstrations), world.eval_prompts
-    text, folder = TextFormat(chat_template=LetterWorld.CHAT_TEMPLATE), Path(options.checkpoints)
-    items, can_judge = [text.item(*pair) for pair in pairs], bool(options.judged or not options.sft)
-    # M0 writes answers to be judged: some that M1 learns from, others that all are measured by. It
-    # is read from its checkpoint, so that a run that was cut off and resumed has the same ones.
-    base = functools.cache(lambda: load_model(folder / "0.sft.pt").to(options.device))
-    to_judge = functools.cache(lambda: list(zip(*world.to_judge(base()))))
-    verdicts = functools.cache(lambda: [
-        TextFormat().item(LetterWorld.JUDGE.render(prompt, response), verdict) for prompt, response,
-        verdict in world.judgements(options.judgements, base(), options.tidy)])
+        print(*lines, sep="\n", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    n_later = options.stages.count(",")  # stages after M1
 
-    @functools.cache
-    def proposed() -> list[str]:
-        known = [pair[0] for pair in pairs] + prompts
-        with _seeded(options.seed, 1):
-            found, counts = propose_prompts(base(), options.stage_prompts * n_later, text=text,
-                                            known=known, is_valid=world.is_valid)
-        print("prompts by M0: {written} written, {valid} valid, {new} new".format(**counts))
+def make_world(options):
+    """The world of a run: LetterWorld, or the user's files."""
+    if options.sft:
+        return OwnData(options)
+    names = options.instructions.split(",")
+    return LetterWorld(names, n_eval=options.eval_prompts, seed=options.seed)
+
+
+def settings_of(options):
+    """What a resumed run must share with the run that it continues."""
+    may_differ = ("stages", "device", "checkpoints", "quick", "resume", "overwrite")
+    settings = {key: value for key, value in vars(options).items() if key not in may_differ}
+    for flag in ("sft", "judged", "prompts"):
+        path = getattr(options, flag)
+        settings[f"contents of --{flag}"] = zlib.crc32(Path(path).read_bytes()) if path else None
+    return settings
+
+
+class Scoreboard:
+    """Measures each model of a run, prints the table as it grows, and writes metrics.jsonl."""
+
+    def __init__(self, world, text, demonstrations, made_with_m0, folder):
+        self.world, self.text, self.made_with_m0, self.folder = world, text, made_with_m0, folder
+        self.scores = []  # true scores (P, 5) of every model so far
+        self.lines = [{"model": "demonstrations", "oracle_score": None}]
+        if world.score is not None:
+            scores = [world.score(*pair) for pair in demonstrations]
+            self.lines[0]["oracle_score"] = float(np.mean(scores))
+
+    def begin(self):
+        heading = " " * 14 + "".join(f"  {heading:>4}" for heading in _COLUMNS)
+        say(_LEGEND, heading, table_row(self.lines[0]))
+
+    def evaluate(self, model):
+        """The trainer's `evaluate`. M0 has seen no judge prompt, so it is not asked to judge."""
+        to_judge = self.made_with_m0()[1] if self.made_with_m0 and self.scores else None
+        previous = self.scores[-1] if self.scores else None
+        found = measure(model, self.world, self.text, to_judge, previous)
+        if self.world.score is None:
+            items = [self.text.item(*pair) for pair in self.world.held_out]
+            found["held_out_loss"] = float(sft_loss(model, *collate(items, device_of(model))))
         return found
 
-    def prompts_of(stage: int, model: nn.Module) -> list[str]:
-        if options.propose:  # each later stage gets its share
-            return proposed()[stage - 2 :: n_later]
-        return world.prompts(options.stage_prompts, f"stage {stage}")
-
-    judging = dict(is_valid_reward=lambda reward: 0 <= reward <= 5)
-    dpo = dict(learning_rate=2.5e-4, steps=options.dpo_steps, max_new_tokens=world.max_new_tokens,
-               replay_dataset=lambda model: verdicts(),
-               replay_weight=options.replay_weight if can_judge else 0)
-    configs: list = [SFTConfig(train_dataset=items, loss_on_prompt=True, learning_rate=4e-3,
-                               steps=options.base_steps)]
-    for name in options.stages.split(","):
-        new = dict(prompt_dataset=functools.partial(prompts_of, len(configs)), beta=1.0,
-                   nll_weight=options.nll_weight, **dpo)
-        configs.append(
-            SFTConfig(train_dataset=lambda model: items + verdicts(), learning_rate=4e-3,
-                      steps=options.sft_steps) if name == "sft" else
-            SelfPlayConfig(train_dataset=items, lam=1.0, **dpo) if name == "spin" else
-            SelfRewardDPOConfig(max_judge_tokens=16, **judging, **new) if name == "self" else
-            ExternalRewardDPOConfig(reward_model=lambda *x: list(map(world.score, *x)), **new))
-
-    all_scores: list = []  # true scores (P, 5) of every model so far
-    lines: list[dict] = [{"model": "demonstrations", "oracle_score": None}]
-    if world.score is not None:
-        lines[0]["oracle_score"] = float(np.mean([world.score(*pair) for pair in pairs]))
-
-    def measure(model: nn.Module) -> dict:
-        """Both axes of [1]: how well the model writes, and how well it judges."""
-        grade = functools.partial(judge, model, LetterWorld.JUDGE, max_new_tokens=16, **judging)
-        many = [prompt for prompt in prompts for _ in range(5)]
-        responses = respond(model, many, text, world.max_new_tokens)
-        judges = can_judge and len(all_scores) > 0  # M0 has never seen a judge prompt
-        found = {"self_score": float(grade(many, responses).nanmean())} if judges else {}
-        if world.score is None:
-            batch = collate([text.item(*pair) for pair in world.held_out], _device_of(model))
-            found["held_out_loss"] = float(sft_loss(model, *batch, -1))
-        else:
-            scores = np.reshape(list(map(world.score, many, responses)), (-1, 5))
-            greedy = respond(model, prompts, text, world.max_new_tokens, temperature=0)
-            greedy = float(np.mean(list(map(world.score, prompts, greedy))))
-            found |= {"oracle_score": float(scores.mean()), "oracle_greedy": greedy,
-                      "perfect_rate": float((scores == 5).mean()), "scores": scores.tolist()}
-            found |= head_to_head(scores, all_scores[-1]) if all_scores else {}
-        if judges:
-            asked, answers, truth = to_judge()
-            shape = (-1, 5) if world.score else (1, -1)  # without an oracle: all in one comparison
-            own = grade(asked, answers).numpy()
-            found |= judging_metrics(np.reshape(truth, shape), np.reshape(own, shape))
-        return {key: None if value != value else value for key, value in found.items()}  # no NaN
-
-    def report(record: dict) -> None:
+    def report(self, record):
+        """The trainer's `report`."""
         line = {**dict.fromkeys(_KEYS), **record, "model": f"M{record['stage']}"}
-        all_scores.append(line.pop("scores", None))
-        lines.append(line)
-        _write(folder / "metrics.jsonl", "\n".join([*map(json.dumps, lines), ""]).encode())
-        print(_table_row(line), flush=True)
+        self.scores.append(line.pop("scores", None))
+        self.lines.append(line)
+        data = "".join(json.dumps(line) + "\n" for line in self.lines)
+        write_file(self.folder / "metrics.jsonl", data.encode())
+        say(table_row(line))
 
-    model = Transformer(ModelConfig(max_seq_len=options.max_seq_len),
-                        torch.Generator().manual_seed(options.seed))
-    may_differ = ("stages", "device", "checkpoints", "quick", "resume", "overwrite")
+    def conclude(self, path):
+        if self.world.score is not None and len(self.scores) > 2:
+            shares = head_to_head(self.scores[-1], self.scores[1])
+            last = self.lines[-1]["model"]
+            say(f"\n{last} against M1: win {shares['win']:.0%}, lose {shares['lose']:.0%}")
+        say(f'\nask it: python srlm.py ask {path} "{self.world.eval_prompts[0]}"')
+
+
+def train(options, world=None):
+    """The training run: the recipe in a world, LetterWorld unless you bring another. Prints the
+    table as it grows; returns the lines of metrics.jsonl."""
+    join_processes()  # before the first use of a device, since each process has its own
+    try:
+        torch.empty(0, device=options.device)
+    except Exception as error:  # torch raises half a dozen kinds
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {options.device}: {reason}") from error
+    world, folder = world or make_world(options), Path(options.checkpoints)
+    text = TextFormat(chat_template=world.CHAT_TEMPLATE)
+    demonstrations = world.demonstrations(options.demonstrations)
+    items = [text.item(*pair) for pair in demonstrations]
+
+    @functools.cache
+    def made_with_m0():
+        """The judging data as items, and what judges are measured by. M0 writes answers for both.
+        It is read from its checkpoint, so that a resumed run has the same data."""
+        m0 = load_model(folder / "0.sft.pt").to(options.device)
+        rows = world.judgements(options.judgements, m0, options.tidy)
+        judging_items = [TextFormat().item(world.JUDGE.render(prompt, answer), verdict)
+                         for prompt, answer, verdict in rows]
+        return judging_items, world.to_judge(m0)
+
+    can_judge = bool(options.judged or not options.sft)
+    board = Scoreboard(world, text, demonstrations, made_with_m0 if can_judge else None, folder)
+    judging_items = (lambda model: made_with_m0()[0]) if can_judge else None
+    config = ModelConfig(dim=options.dim, depth=options.depth, max_seq_len=options.max_seq_len)
     trainer = SelfRewardingTrainer(
-        model, configs, chat_template=text.chat_template, checkpoints_folder=folder,
-        self_reward_prompt_config=LetterWorld.JUDGE, seed=options.seed, device=options.device,
-        settings={key: value for key, value in vars(options).items() if key not in may_differ},
-        evaluate=measure, report=report)
-    heading = " " * 14 + "".join(f"  {heading:>4}" for heading in _COLUMNS)
-    _on_main(lambda: print(_LEGEND, heading, _table_row(lines[0]), sep="\n", flush=True))
+        Transformer(config, torch.Generator().manual_seed(options.seed)),
+        recipe_stages(options, world, items, judging_items), seed=options.seed,
+        chat_template=world.CHAT_TEMPLATE, self_reward_prompt_config=world.JUDGE,
+        checkpoints_folder=folder, device=options.device, settings=settings_of(options),
+        evaluate=board.evaluate, report=board.report)
+    on_rank_zero(board.begin)
     trainer(overwrite_checkpoints=options.overwrite, resume=options.resume)
-
-    def conclude() -> list[dict]:
-        if world.score is not None and len(configs) > 2:
-            shares = head_to_head(all_scores[-1], all_scores[1])
-            last = lines[-1]["model"]
-            print(f"\n{last} against M1: win {shares['win']:.0%}, lose {shares['lose']:.0%}")
-        print(f'\nask it: python srlm.py ask {trainer.path(len(configs) - 1)} "{prompts[0]}"')
-        return lines
-    return _on_main(conclude)
+    on_rank_zero(lambda: board.conclude(trainer.path(len(trainer.configs) - 1)))
+    return on_rank_zero(lambda: board.lines)
 
 
-def ask(argv: Sequence[str]) -> None:
+def ask(argv):
     """The model's answer to a prompt, its own score of it and, for LetterWorld, the true score."""
     parser = argparse.ArgumentParser(prog="srlm.py ask", description=ask.__doc__)
     parser.add_argument("checkpoint")
-    parser.add_argument("prompt", nargs="?", help="without it: a conversation, one prompt a line")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest answer")
+    parser.add_argument("prompt")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely answer")
     args = parser.parse_args(argv)
     model, world = load_model(args.checkpoint), LetterWorld(list(INSTRUCTIONS))
     text = TextFormat(chat_template=world.CHAT_TEMPLATE)
-
-    def answer(prompt: str) -> None:
-        response = respond(model, [prompt], text, 128, temperature=args.temperature)[0]
-        print(f"answer      {response}")
-        own = judge(model, world.JUDGE, [prompt], [response], is_valid_reward=lambda r: 0 <= r <= 5)
-        print("own score   none" if own.isnan() else f"own score   {float(own):.1f} of 5")
-        with contextlib.suppress(ValueError):  # of a prompt that is none of LetterWorld
-            points = world.points(prompt, response)
-            named = ", ".join(map("{} {}".format, world.POINTS, points))
-            print(f"true score  {sum(points)} of 5: {named}")
-
-    if args.prompt is not None:
-        return answer(args.prompt)
-    print('One prompt a line, such as "sort dbca"; an empty line ends.')
-    while prompt := input("> ").strip():
-        try:
-            answer(prompt)
-        except ValueError as error:
-            print(error)
+    answer = respond(model, [args.prompt], text, 128, temperature=args.temperature)[0]
+    found = judge(model, world.JUDGE, [args.prompt], [answer])
+    score = "none" if found.isnan() else f"{found.item():.1f} of 5"
+    say(f"answer      {answer}", f"own score   {score}")
+    with contextlib.suppress(ValueError):  # of a prompt that LetterWorld does not have
+        points = world.points(args.prompt, answer)
+        named = ", ".join(f"{name} {point}" for name, point in zip(world.POINTS, points))
+        say(f"true score  {sum(points)} of 5: {named}")
 
 
-def main(argv: Sequence[str] | None = None) -> list[dict] | None:
+def main(argv=None):
     """The command line. A user's mistake ends in one line on standard error and exit code 2."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    is_ask = argv[:1] == ["ask"]
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # an encoding without our characters
     try:
-        with warnings.catch_warnings():  # which puts back how they are shown
+        with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-            return ask(argv[1:]) if argv[:1] == ["ask"] else train(Options.parse(argv))
+            return ask(argv[1:]) if is_ask else train(Options.parse(argv))
     except ValueError as error:
         print(f"srlm: {error}", file=sys.stderr)
         sys.exit(2)
-    except EOFError:
-        return None
     except KeyboardInterrupt:
-        print("\nstopped; --resume goes on after the last finished stage", file=sys.stderr)
+        advice = "" if is_ask else "; --resume goes on after the last finished stage"
+        print(f"\nstopped{advice}", file=sys.stderr)
         sys.exit(130)
 
 

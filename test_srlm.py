@@ -20,7 +20,8 @@ test fail here:
  9 white space matters      test_white_space_and_case_do_not_matter
 10 prompt injection         test_a_response_cannot_grade_itself
 11 judge without room       test_a_judge_without_room_is_an_error
-12 endless generation       test_no_pair_at_all_is_an_error_in_bounded_time
+12 endless generation       test_no_pair_at_all_is_an_error_in_bounded_time,
+                            test_a_judge_that_never_scores_is_quoted_and_named
 13 tie skips others         test_a_tie_skips_one_prompt_and_no_other
 14 wrong pair counts,       test_pairs_are_what_they_say, test_pairs_share_no_storage
    shared storage
@@ -36,7 +37,7 @@ test fail here:
 25 logit filters            test_top_k, test_top_p, test_every_filter_can_be_sampled_from
 26 padding of prompts       test_greedy_equals_a_naive_loop
 27 EOS                      test_a_row_ends_at_eos, test_the_loss_sees_eos
-28 ragged training data     test_neither_padding_nor_its_id_matters_to_training
+28 ragged training data     test_the_form_of_a_data_set_does_not_matter, test_chain_rule
 29 arguments changed        test_no_function_changes_its_arguments, test_training_changes_no_data
 30 copies of the weights    test_at_most_one_copy_of_the_weights_is_alive
 """
@@ -44,8 +45,10 @@ test fail here:
 import contextlib
 import copy
 import dataclasses
+import doctest
 import errno
 import gc
+import io
 import itertools
 import json
 import math
@@ -59,7 +62,9 @@ import sys
 import tempfile
 import time
 import warnings
+import zlib
 from pathlib import Path
+from unittest import mock
 
 import nbclient
 import nbformat
@@ -69,6 +74,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import srlm
 
@@ -195,8 +201,8 @@ def logp(model, ids, start):
 def test_decode_inverts_encode_and_no_text_encodes_to_a_special_id(text):
     ids = srlm.encode(text)
     assert srlm.decode(ids) == text == srlm.decode(torch.tensor(ids, dtype=torch.long))
-    assert all(0 <= i < 256 for i in ids) and {srlm.EOS, srlm.PAD} == {256, 257}
-    assert srlm.VOCAB_SIZE == 258
+    assert all(0 <= i < 256 for i in ids) and (srlm.EOS, srlm.PAD) == (256, -1)
+    assert srlm.VOCAB_SIZE == 257
 
 
 @given(st.lists(st.integers(-3, 300)))
@@ -235,7 +241,7 @@ def test_the_transformer_is_causal_and_reads_its_past(seed, depth, heads, length
 
 def transformer_by_hand(model, ids):
     """The logits (T, V) of one row, one position and one head at a time. A pair of features (a, b)
-    at position t is turned by the angle t * 10000^-(i / (n - 1)), where it is the i-th of n pairs."""
+    at position t is rotated by the angle t * 10000^(-i / n), where it is the i-th of n pairs."""
     weights, config = model.state_dict(), model.config
     size = config.dim // config.heads
     norm = lambda x, name: weights[name] * (x - x.mean()) / torch.sqrt(x.var(correction=0) + 1e-5)
@@ -243,7 +249,7 @@ def transformer_by_hand(model, ids):
     def turned(x, t):
         pairs, out = x.view(-1, 2), []
         for i, (a, b) in enumerate(pairs.tolist()):
-            angle = t * 10_000 ** -(i / max(1, len(pairs) - 1))
+            angle = t * 10_000 ** -(i / len(pairs))
             out += [a * math.cos(angle) - b * math.sin(angle), a * math.sin(angle) + b * math.cos(angle)]
         return torch.tensor(out, dtype=x.dtype)
 
@@ -323,8 +329,8 @@ def test_a_wrong_shape_names_both_numbers():
 def test_the_initial_model_is_nearly_undecided():
     """Loss at the start: log V, so that no stage begins by unlearning."""
     model = srlm.Transformer(srlm.ModelConfig(), generator(0))
-    ids = torch.randint(0, 258, (4, 64), generator=generator(1))
-    assert abs(float(srlm.sft_loss(model, ids, torch.zeros(4)).detach()) - math.log(258)) < 1
+    ids = torch.randint(0, 257, (4, 64), generator=generator(1))
+    assert abs(float(srlm.sft_loss(model, ids, torch.zeros(4)).detach()) - math.log(257)) < 1
 
 
 # ================================================================================================
@@ -534,7 +540,7 @@ def test_the_ends_of_the_noise_draw_what_the_filter_leaves(noise, token, monkeyp
     ([[1], []], {}, "prompt 1 has 0 tokens"),
     (torch.tensor([[1, 9], [9, 9]]), {"pad_id": 9}, "prompt 1 has 0 tokens"),
     ([[1] * 6], {}, "prompt 0 has 6 tokens.*6"),
-    ([[1]], {"max_new_tokens": 0}, "max_new_tokens = 0"),
+    ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
     ([[1]], {"temperature": -1.0}, "temperature"),
     ([[1]], {"logit_filter": lambda x: x * NAN}, "token 0"),
     ([[1]], {"logit_filter": lambda x: x - math.inf}, "token 0")])
@@ -877,7 +883,8 @@ def test_white_space_and_case_do_not_matter(one, two, three, upper, number):
     ("Score: <total>", None), ("Core: 4", None), ("Score: " + "9" * 400, None)])
 def test_parse_by_hand(reply, reward):
     assert SCORE.parse(reply) == reward
-    assert srlm.DEFAULT_REWARD_CONFIG.parse(reply) == reward
+    in_range = reward is not None and 0 <= reward <= 5
+    assert srlm.DEFAULT_REWARD_CONFIG.parse(reply) == (reward if in_range else None)
 
 
 def test_a_number_alone_is_not_entered_in_its_middle():
@@ -941,9 +948,9 @@ def test_your_own_parser_replaces_the_template():
 def test_a_reward_is_the_mean_of_the_valid_judgements(seed, rows, n_samples):
     """By hand, from the replies that the judge was heard to give; NaN where none is valid."""
     model, heard = Scripted(lambda asked: ["Score: 1", "Score: 1.5", "Score: 9", "?"]), []
-    found = srlm.judge(model, SCORE, ["p"] * rows, ["r"] * rows, n_samples=n_samples,
-                       generator=generator(seed), is_valid_reward=lambda reward: reward < 2,
-                       on_reply=heard.append)
+    low = dataclasses.replace(SCORE, reward_range=(0, 2))
+    found = srlm.judge(model, low, ["p"] * rows, ["r"] * rows, n_samples=n_samples,
+                       generator=generator(seed), on_reply=heard.append)
     assert len(heard) == rows * n_samples and found.shape == (rows,) and found.is_floating_point()
     for i, reward in enumerate(found.tolist()):
         scores = map(SCORE.parse, heard[i * n_samples : (i + 1) * n_samples])
@@ -1039,7 +1046,7 @@ def test_random_pickers_draw_everything_they_may():
 LETTERS = "abcdefgh"  # a vocabulary of eight letters and EOS
 ENCODE = lambda text: [LETTERS.index(c) for c in text if c in LETTERS]
 DECODE = lambda ids: "".join(LETTERS[int(i)] for i in ids if i < 8)
-TEXT = srlm.TextFormat(ENCODE, DECODE, "g{{ prompt }}h", eos_id=8, pad_id=9)
+TEXT = srlm.TextFormat(ENCODE, DECODE, "g{{ prompt }}h", eos_id=8)
 WORDS = ["a", "bc", "ad", "dab", "fga", "hh", "cab"]
 PHRASES = ["".join(word) for word in itertools.product("abcdf", repeat=3)][:70]  # two visits
 ODD = lambda prompts, responses: [float(sum(map(ord, r)) % 5) for r in responses]  # a reward
@@ -1063,7 +1070,7 @@ def test_items_are_prompt_response_and_eos():
             srlm.TextFormat(chat_template=template)
 
 
-PAD_LIKE = st.text(alphabet=["a", *map(chr, (0, srlm.EOS, srlm.PAD))], max_size=5)
+PAD_LIKE = st.text(alphabet=["a", *map(chr, (0, srlm.EOS, 257))], max_size=5)
 
 
 @given(*[st.one_of(st.text(max_size=5), PAD_LIKE)] * 2, st.booleans())
@@ -1107,12 +1114,12 @@ def test_by_default_a_prompt_is_sent_as_it_is():
 
 
 def test_a_prompt_that_is_no_text_is_refused():
-    with pytest.raises(ValueError, match="a prompt is a text, not a Tensor"):
+    with pytest.raises(ValueError, match="prompt must be a str, not a Tensor"):
         srlm.TextFormat().prompt_ids(torch.tensor([1, 2]))
 
 
-@given(SEEDS, st.integers(2, 5), st.sampled_from([None, 1, 60]), st.integers(1, 2))
-def test_pairs_are_what_they_say(seed, n_candidates, n_pairs, max_passes):
+@given(SEEDS, st.integers(2, 5), st.sampled_from([None, 1, 60, 90]))
+def test_pairs_are_what_they_say(seed, n_candidates, n_pairs):
     """As many as they say, of the prompts in their order, the better one first; and every visit is
     counted once."""
     asked = []
@@ -1124,33 +1131,34 @@ def test_pairs_are_what_they_say(seed, n_candidates, n_pairs, max_passes):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         pairs, counts = write(HashModel(9, seed % 1000), reward_fn=reward_fn, seed=seed,
-                              n_candidates=n_candidates, n_pairs=n_pairs, max_passes=max_passes,
-                              prompts=PHRASES)
+                              n_candidates=n_candidates, n_pairs=n_pairs, prompts=PHRASES)
     assert len(pairs) == counts["pairs"] and (n_pairs is None or len(pairs) <= n_pairs)
     assert bool(caught) == (n_pairs is not None and len(pairs) < n_pairs)
     assert set(counts) == {"pairs", "unparsed", "tied", "invalid"}
     visits = len(asked) // n_candidates
-    every = [word for _ in range(max_passes) for word in PHRASES for _ in range(n_candidates)]
+    every = [word for word in PHRASES for _ in range(n_candidates)]
     assert asked == every[: len(asked)]
     if n_pairs is None:
-        assert sum(counts.values()) == visits == max_passes * len(PHRASES)
+        assert sum(counts.values()) == visits == len(PHRASES)
+    if n_pairs == 1:
+        assert visits < len(PHRASES)  # it stops early
     for pair in pairs:
         assert pair.chosen_reward > pair.rejected_reward and not pair.chosen.equal(pair.rejected)
         assert DECODE(pair.prompt)[1:-1] in PHRASES
         for ids, reward in ((pair.chosen, pair.chosen_reward), (pair.rejected, pair.rejected_reward)):
             assert 1 <= len(ids) <= 4 and ODD([""], [TEXT.text(ids)]) == [reward]
-    if n_pairs is None and max_passes == 1:
-        order = [PHRASES.index(DECODE(pair.prompt)[1:-1]) for pair in pairs]
-        assert order == sorted(set(order))
+    order = [PHRASES.index(DECODE(pair.prompt)[1:-1]) for pair in pairs]
+    assert order == sorted(set(order))
 
 
-def test_passes_go_on_until_there_are_enough_pairs():
-    pairs, counts = write(n_pairs=20, max_passes=9)
+def test_repeated_prompts_are_answered_anew():
+    """Whoever wants several passes over the prompts repeats them; each pass draws new answers."""
+    pairs, counts = write(prompts=WORDS * 9, n_pairs=20)
     assert len(pairs) == 20 == counts["pairs"]
-    with pytest.warns(UserWarning, match="20 preference pairs.*7 prompts"):
-        pairs, counts = write(n_pairs=20, max_passes=2)
+    with pytest.warns(UserWarning, match="20 preference pairs.*14 prompts"):
+        pairs, counts = write(prompts=WORDS * 2, n_pairs=20)
     assert sum(counts.values()) == 14 and len(pairs) < 15
-    assert len({tuple(pair.chosen.tolist()) for pair in pairs}) > 7  # each pass draws anew
+    assert len({tuple(pair.chosen.tolist()) for pair in pairs}) > 7
 
 
 @given(st.sets(st.sampled_from(WORDS), max_size=6), st.sampled_from([0.0, NAN]))
@@ -1172,17 +1180,17 @@ def test_a_tie_skips_one_prompt_and_no_other(without, reward):
 def test_equal_tokens_are_no_pair():
     """Greedy candidates are all the same, whatever rewards they get."""
     rising = lambda prompts, responses: list(range(len(responses)))
-    with pytest.raises(ValueError, match="7 invalid"):
+    with pytest.raises(ValueError, match="'invalid': 7"):
         write(reward_fn=rising, temperature=0)
     refused = dict(is_valid_pair=lambda chosen, rejected: chosen - rejected > 1)
     pairs, counts = write(**refused)
-    assert min(pair[3] - pair[4] for pair in pairs) > 1 and counts["invalid"] > 0
+    assert min(pair.chosen_reward - pair.rejected_reward for pair in pairs) > 1 and counts["invalid"] > 0
     worse = dict(pick_pair=lambda rewards: srlm.pick_best_worst(-rewards))
     with pytest.raises(ValueError, match="invalid"):
         write(**worse)
 
 
-@pytest.mark.parametrize("value, complaint", [(NAN, r"\d+ unparsed"), (1.0, r"\d+ tied")])
+@pytest.mark.parametrize("value, complaint", [(NAN, "'unparsed': 7"), (1.0, "'tied': 7")])
 def test_no_pair_at_all_is_an_error_in_bounded_time(value, complaint):
     calls = []
 
@@ -1190,9 +1198,9 @@ def test_no_pair_at_all_is_an_error_in_bounded_time(value, complaint):
         calls.append(len(responses))
         return [value] * len(responses)
 
-    with pytest.raises(ValueError, match=complaint + ".*so it goes") as error:
-        write(reward_fn=reward_fn, n_pairs=10, max_passes=1000, replies=["so it goes"])
-    assert calls == [7 * 4] and "0 pairs" in str(error.value) and "of 7 prompts" in str(error.value)
+    with pytest.raises(ValueError, match=complaint + ".*7 prompts"):
+        write(reward_fn=reward_fn, n_pairs=10)
+    assert sum(calls) == 7 * 4
 
 
 def test_rewards_may_come_in_any_form():
@@ -1233,28 +1241,40 @@ def test_candidates_are_needed_to_compare():
         write(n_candidates=1)
 
 
-def test_saved_pairs_are_read_back(tmp_path, monkeypatch):
+def test_saved_pairs_are_read_back(tmp_path):
+    """The same tokens, rewards and EOS, from a file that a person and other trainers can read."""
     pairs, _ = write()
-    path = tmp_path / "brand" / "new" / "pairs.npz"
-    srlm.save_pairs(path, pairs)
-    found = srlm.load_pairs(path)
-    assert os.listdir(path.parent) == ["pairs.npz"]
+    path = tmp_path / "brand" / "new" / "pairs.jsonl"
+    srlm.save_pairs(path, pairs, TEXT)
+    found = srlm.load_pairs(path, TEXT)
+    assert os.listdir(path.parent) == ["pairs.jsonl"]
     assert all(isinstance(pair, srlm.PreferencePair) for pair in found)
     same([list(pair) for pair in found], [list(pair) for pair in pairs])
-    whole = path.read_bytes()
-    for content in (b"", b"nonsense", whole[: len(whole) // 2]):
-        (tmp_path / "bad.npz").write_bytes(content)
-        with pytest.raises(ValueError, match="bad.npz"):
-            srlm.load_pairs(tmp_path / "bad.npz")
-    with pytest.raises(ValueError, match="missing.npz"):
-        srlm.load_pairs(tmp_path / "missing.npz")
-    arrays = dict(np.load(path))
-    monkeypatch.chdir(tmp_path)
-    for rewards in (arrays["rewards"][1:], np.array([Bomb()] * len(pairs), dtype=object)):
-        np.savez("other.npz", **arrays | {"rewards": rewards})
-        with pytest.raises(ValueError, match="other.npz"):
-            srlm.load_pairs("other.npz")
-    assert not os.path.exists("exploded")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row, pair in zip(rows, pairs, strict=True):
+        assert row["prompt"] == DECODE(pair.prompt) and row["score_chosen"] == pair.chosen_reward
+        for side in ("chosen", "rejected"):
+            ids = getattr(pair, side).tolist()
+            assert row[side] == DECODE(ids) and row[side + "_ended"] == (ids[-1] == 8)
+    assert {row["chosen_ended"] for row in rows} == {True, False}  # some were cut off
+
+
+def test_a_pair_file_of_others_needs_three_texts(tmp_path):
+    """Other columns are ignored, a missing score is NaN, and answers count as ended."""
+    (tmp_path / "others").write_text('{"prompt": "a", "chosen": "b", "rejected": "", "source": 1}\n')
+    pair, = srlm.load_pairs(tmp_path / "others", TEXT)
+    assert [ids.tolist() for ids in pair[:3]] == [[0], [1, 8], [8]] and math.isnan(pair.chosen_reward)
+
+
+@pytest.mark.parametrize("line", ["nonsense", "[1]", '{"prompt": "a"}', "", "\xff",
+                                  '{"prompt": "a", "chosen": "b", "rejected": 1}',
+                                  '{"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": "x"}'])
+def test_what_is_no_pair_file_is_refused(line, tmp_path):
+    """In one line that names the file."""
+    (tmp_path / "bad.jsonl").write_bytes(line.encode("latin-1"))
+    for name in ("bad.jsonl", "missing.jsonl"):
+        with pytest.raises(ValueError, match=name):
+            srlm.load_pairs(tmp_path / name, TEXT)
 
 
 @given(SEEDS, st.integers(1, 6))
@@ -1285,7 +1305,8 @@ KINDS = {
     "self-reward": (srlm.SelfRewardDPOConfig, dict(prompt_dataset=WORDS, max_new_tokens=4,
                                                    n_judge_samples=2, max_judge_tokens=3)),
     "external-reward": (srlm.ExternalRewardDPOConfig, dict(prompt_dataset=WORDS, max_new_tokens=4,
-                                                           reward_model=ODD))}
+                                                           reward_model=ODD)),
+    "dpo": (srlm.DPOConfig, dict(pair_dataset=[(word, word + "a", word[::-1] + "b") for word in WORDS]))}
 
 
 def stage(kind, **fields):
@@ -1296,7 +1317,7 @@ def stage(kind, **fields):
 def trainer(folder, stages, model=None, **kwargs):
     return srlm.SelfRewardingTrainer(
         Tiny() if model is None else model, stages, checkpoints_folder=folder,
-        **{"tokenizer_encode": ENCODE, "tokenizer_decode": DECODE, "eos_id": 8, "pad_id": 9,
+        **{"tokenizer_encode": ENCODE, "tokenizer_decode": DECODE, "eos_id": 8,
            "self_reward_prompt_config": JUDGE, "chat_template": TEXT.chat_template, **kwargs})
 
 
@@ -1339,6 +1360,9 @@ def test_stages_run_in_any_order(kinds, seed):
     for record in records:
         assert record["steps"] == 3 and math.isfinite(record["loss"]) and record["seconds"] >= 0
         assert ({"pairs", "unparsed", "tied"} <= set(record)) == ("reward" in record["kind"])
+        assert ({"reward_accuracy", "reward_margin", "chosen_logprob", "rejected_logprob"} <= set(record)
+                ) == (record["kind"] != "sft")
+        assert len(record["history"]) == 3 and record["history"][-1]["step"] == 3
 
 
 @given(st.lists(st.sampled_from(list(KINDS)), min_size=1, max_size=2), SEEDS)
@@ -1357,6 +1381,12 @@ def test_the_same_seed_gives_the_same_bits(kinds, seed):
     assert any(not torch.equal(mine, its) for mine, its in zip(one[1].values(), other[1].values()))
 
 
+def squared_margin(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta):
+    """A reader's own loss: IPO, the squared distance of the margin from 1 / (2 beta)."""
+    chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
+    return (chosen - rejected - 1 / (2 * beta)) ** 2, chosen.detach(), rejected.detach()
+
+
 # What each field of each kind of stage may be changed to: (fields of both runs, the change).
 AWAY = lambda model: -sum(float((a - b).square().sum())
                           for a, b in zip(model.parameters(), Tiny().parameters()))
@@ -1364,16 +1394,16 @@ LOOK = dict(eval_fn=AWAY, eval_every=1)
 SHARED = {
     "steps": ({}, 4), "batch_size": ({}, 2), "learning_rate": ({}, 0.01), "warmup": ({}, 0.9),
     "weight_decay": ({}, 0.5), "max_grad_norm": ({}, 1e-12), "eval_fn": ({"eval_every": 1}, AWAY),
-    "eval_every": (LOOK, 2), "eval_mode": (LOOK, "min"), "patience": (LOOK, 1), "checkpoint_every": ({}, 2)}
+    "eval_every": (LOOK, 2), "eval_mode": (LOOK, "min"), "patience": (LOOK, 1), "checkpoint_every": ({}, 2),
+    "max_epochs": ({}, 0.4), "replay_dataset": ({}, ITEMS[:2]),
+    "replay_weight": ({"replay_dataset": ITEMS[:2]}, 0.5)}
+PREFERRED = SHARED | {"beta": ({}, 0.5), "nll_weight": ({}, 0.5), "loss_fn": ({}, squared_margin)}
 WRITING = SHARED | {
-    "max_new_tokens": ({}, 2), "temperature": ({}, 0.3), "replay_dataset": ({}, ITEMS),
-    "logit_filter": ({}, lambda x: srlm.top_k(x, 3)), "replay_weight": ({"replay_dataset": ITEMS}, 0.5)}
-REWARDED = WRITING | {
-    "prompt_dataset": ({}, WORDS[1:]), "beta": ({}, 0.5), "nll_weight": ({}, 0.5), "n_candidates": ({}, 3),
-    "n_pairs": ({}, 2),
-    "max_passes": ({"n_pairs": 40}, 3), "pick_pair": ({}, lambda rewards: srlm.pick_best_random(rewards)),
-    "is_valid_reward": ({}, lambda reward: reward < 4), "pairs_file": ({}, "pairs.npz"),
-    "is_valid_reward_pair": ({}, lambda chosen, rejected: chosen > rejected + 1)}
+    "max_new_tokens": ({}, 2), "temperature": ({}, 0.3), "logit_filter": ({}, lambda x: srlm.top_k(x, 3))}
+REWARDED = WRITING | PREFERRED | {
+    "prompt_dataset": ({}, WORDS[1:]), "n_candidates": ({}, 3), "n_pairs": ({}, 2),
+    "pick_pair": ({}, lambda rewards: srlm.pick_best_random(rewards)), "pairs_file": ({}, "pairs.jsonl"),
+    "is_valid_reward_pair": ({}, lambda chosen, rejected: chosen > rejected + 2)}
 OTHER_JUDGE = dataclasses.replace(JUDGE, parse_reward=lambda reply: float(reply.count("a")))
 CHANGES = {
     "sft": SHARED | {"train_dataset": ({}, ITEMS[1:]), "loss_on_prompt": ({}, True)},
@@ -1382,6 +1412,7 @@ CHANGES = {
         "rewarding_model": ({}, Tiny(seed=5)), "reward_config": ({}, OTHER_JUDGE),
         "n_judge_samples": ({}, 1), "max_judge_tokens": ({}, 1), "judge_temperature": ({}, 0.2),
         "judge_logit_filter": ({}, lambda x: srlm.top_k(x, 2))},
+    "dpo": PREFERRED | {"pair_dataset": ({}, KINDS["dpo"][1]["pair_dataset"][1:])},
     "external-reward": REWARDED | {"reward_model": ({}, lambda *texts: [-reward for reward in ODD(*texts)])}}
 
 
@@ -1408,7 +1439,7 @@ def test_every_field_changes_what_happens(kind, field, tmp_path, monkeypatch):
     ("spin", "lam", 0.0), ("spin", "temperature", -1), ("spin", "max_new_tokens", 0),
     ("spin", "replay_weight", -1.0), ("external-reward", "beta", -1), ("external-reward", "n_candidates", 1),
     ("external-reward", "nll_weight", -0.1),
-    ("external-reward", "n_pairs", 0), ("external-reward", "max_passes", 0),
+    ("external-reward", "n_pairs", 0), ("dpo", "max_epochs", 0), ("dpo", "beta", 0.0), ("sft", "warmup", 1.5),
     ("self-reward", "n_judge_samples", 0), ("self-reward", "max_judge_tokens", 0),
     ("self-reward", "judge_temperature", -0.1)])
 def test_a_senseless_field_is_refused(kind, field, value):
@@ -1439,7 +1470,7 @@ def test_defaults_are_those_of_the_papers():
     heard, model = [], Scripted(lambda asked: ["Score: 1", "Score: 2"])
     srlm.judge(model, SCORE, ["p"], ["r"], on_reply=heard.append)
     assert len(heard) == 3
-    one, two = ([list(pair) for pair in write(**how)[0]] for how in ({}, dict(n_candidates=4, max_passes=1)))
+    one, two = ([list(pair) for pair in write(**how)[0]] for how in ({}, dict(n_candidates=4)))
     same(one, two)
 
 
@@ -1464,12 +1495,14 @@ class Watched(Tiny):
 
 
 def by_hand(model, loss_fn, config):
-    """The update rule, spelled out: AdamW, a linear climb and a linear fall, clipped gradients."""
+    """The update rule, spelled out: AdamW, a linear climb that reaches the peak and a linear fall that
+    would reach zero one step after the last, clipped gradients."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=config.weight_decay)
     losses = []
     for step in range(1, config.steps + 1):
-        climb = step / max(1, config.warmup * config.steps)
-        optimizer.param_groups[0]["lr"] = config.learning_rate * min(climb, 1 - (step - 1) / config.steps)
+        top = max(1, round(config.warmup * config.steps))
+        share = step / top if step <= top else 1 - (step - top) / (config.steps + 1 - top)
+        optimizer.param_groups[0]["lr"] = config.learning_rate * share
         optimizer.zero_grad()
         (loss := loss_fn()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -1500,25 +1533,27 @@ def test_sft_follows_its_update_rule(steps, warmup, weight_decay, max_grad_norm)
 @pytest.mark.parametrize("kind", ["spin", "external-reward", "self-reward"])
 def test_the_reference_is_the_model_as_the_stage_begins(kind, tmp_path):
     """Against a copy of the model kept by hand, with a single pair: the same weights after 25
-    updates, even where the pad id is the last token of the answer. All that is asked of the model
-    without gradients, answers and references, is asked before the first update. The likelihood
-    term counts the chosen answer's whole log-probability."""
+    updates. All that is asked of the model without gradients, answers and references, is asked before
+    the first update. The likelihood term counts the chosen answer's whole log-probability."""
     model, prompt = Watched().double(), TEXT.prompt_ids("bc")
-    begin, opponent, how = weights(model), Tiny().double(), dict(steps=25, batch_size=1, learning_rate=0.05)
+    begin, opponent = weights(model), Tiny().double()
+    how = dict(steps=25, batch_size=1, learning_rate=0.05, max_epochs=None)
     ids = torch.cat((prompt, torch.tensor([3, 1, 0])))
     if kind == "spin":
         worse = srlm.sample(opponent, [prompt], max_new_tokens=4, temperature=0, eos_id=None)[0]
         config = stage(kind, train_dataset=[(ids, len(prompt))], temperature=0, lam=0.7, **how)
-        better, coefficient, pad_id, nll_weight = ids[len(prompt):], dict(lam=0.7), int(worse[-1]), 0
-        assert pad_id != 0
+        better, coefficient, nll_weight = ids[len(prompt):], dict(lam=0.7), 0
     else:
-        config = stage(kind, prompt_dataset=["bc"], pairs_file=tmp_path / "pairs.npz", beta=0.7,
+        config = stage(kind, prompt_dataset=["bc"], pairs_file=tmp_path / "pairs", beta=0.7,
                        nll_weight=0.3, pick_pair=lambda rewards: (0, 3),
                        is_valid_reward_pair=lambda a, b: True, **how)
-        coefficient, pad_id, nll_weight = dict(beta=0.7), 0, 0.3
-    records, *_ = run([config], model, pad_id=pad_id, eos_id=None)
+        coefficient, nll_weight = dict(beta=0.7), 0.3
+    decode = lambda ids: "".join("abcdefgh!"[i] for i in ids.tolist())
+    encode = lambda text: ["abcdefgh!".index(letter) for letter in text]
+    records, *_ = run([config], model, eos_id=None, tokenizer_decode=decode, tokenizer_encode=encode)
     if kind != "spin":
-        prompt, better, worse, *_ = srlm.load_pairs(tmp_path / "pairs.npz")[0]
+        text = dataclasses.replace(TEXT, encode=encode, decode=decode, eos_id=None)
+        prompt, better, worse, *_ = srlm.load_pairs(tmp_path / "pairs", text)[0]
     loss_fn, expected = srlm.spin_loss if kind == "spin" else srlm.dpo_loss, Tiny().double()
     reference = [one(opponent, prompt, side).detach() for side in (better, worse)]
 
@@ -1603,16 +1638,31 @@ def test_every_n_steps_is_n_2n_3n(steps, n):
         assert set(os.listdir(folder)) == names | {"0.sft.pt"}
         found = [srlm.load_checkpoint(Path(folder) / f"0.sft.step{step}.pt")["model"]
                  for step in range(n, steps + 1, n)]
+    if steps < n:  # no evaluation is due, but the best weights are promised: the last update has one
+        found = [weights(model)]
     same([dict(state) for state in found], seen)
 
 
-@given(SEEDS, st.sampled_from([-1, 0, 9, 257]), st.integers(0, 3))
-def test_neither_padding_nor_its_id_matters_to_training(seed, pad_id, extra):
-    """Ragged items, padded or not, as tensors or lists, with any pad id: the same bits."""
-    padded = list(zip(pad([ids for ids, _ in ITEMS], pad_id, extra=extra), [n for _, n in ITEMS]))
-    lists = [(ids.tolist(), n) for ids, n in padded]
-    forms = [run([stage(kind, train_dataset=items) for kind in ("sft", "spin")], seed=seed, pad_id=pad_id)
-             for items in (ITEMS, padded, lists, tuple(padded))]
+class Indexed:
+    """A data set as torch and Hugging Face have them: a length and an index, and no IndexError."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return self.rows[i % len(self.rows)]
+
+
+@given(SEEDS)
+def test_the_form_of_a_data_set_does_not_matter(seed):
+    """Tensors, lists, arrays, tuples, or anything with a length and an index: the same bits."""
+    lists = [(ids.tolist(), n) for ids, n in ITEMS]
+    arrays = [(ids.numpy(), np.int64(n)) for ids, n in ITEMS]
+    forms = [run([stage(kind, train_dataset=items) for kind in ("sft", "spin")], seed=seed)
+             for items in (ITEMS, lists, arrays, tuple(ITEMS), Indexed(ITEMS), lambda model: ITEMS)]
     for found in forms[1:]:
         assert found[0] == forms[0][0]
         same(found[1], forms[0][1])
@@ -1652,13 +1702,13 @@ def test_no_function_changes_its_arguments(seed):
     arguments = (rows, four, ids, lens, logits, [list(pair) for pair in pairs])
     before, table, state = copy.deepcopy(arguments), matrix.copy(), weights(model)
     for _ in (srlm.top_k(logits, 2), srlm.top_p(logits, 0.5), srlm.sft_loss(model, ids, lens, 9),
-              srlm.sample(model, rows, max_new_tokens=3), srlm.token_logprobs(model, ids.clamp(max=8)),
+              srlm.sample(model, rows, max_new_tokens=3), srlm.token_logprobs(model, ids, 9),
               srlm.sample(model, ids, max_new_tokens=3, pad_id=9), srlm.response_mask(ids, lens, 9),
               srlm.sequence_logprobs(model, ids, lens, 9), srlm.dpo_loss(*four), srlm.spin_loss(*four),
               srlm.judging_metrics(matrix, matrix), srlm.head_to_head(matrix, matrix)):
         pass
     with tempfile.TemporaryDirectory() as folder:
-        srlm.save_pairs(Path(folder) / "pairs.npz", pairs)
+        srlm.save_pairs(Path(folder) / "pairs", pairs, TEXT)
     same(list(map(list, arguments[:2])) + list(arguments[2:5]) + arguments[5],
          list(map(list, before[:2])) + list(before[2:5]) + before[5])
     same(weights(model), state)
@@ -1740,10 +1790,9 @@ def test_a_full_disk_is_one_clear_line_and_leaves_older_files_whole(tmp_path, mo
     trainer(tmp_path, [stage("sft")])()
     before = (tmp_path / "0.sft.pt").read_bytes()
     monkeypatch.setattr(os, "fsync", full)
-    for stages, how in (([stage("sft"), stage("spin")], "resume"), ([stage("sft")], "overwrite_checkpoints")):
-        with pytest.raises(ValueError, match=r"cannot write .*\.pt: No space left on device"):
-            trainer(tmp_path, stages)(**{how: True})
-        assert os.listdir(tmp_path) == ["0.sft.pt"] and (tmp_path / "0.sft.pt").read_bytes() == before
+    with pytest.raises(ValueError, match=r"cannot write .*\.pt: No space left on device"):
+        trainer(tmp_path, [stage("sft"), stage("spin")])(resume=True)
+    assert os.listdir(tmp_path) == ["0.sft.pt"] and (tmp_path / "0.sft.pt").read_bytes() == before
 
 
 def test_checkpoints_are_never_overwritten_unasked(tmp_path):
@@ -1806,7 +1855,8 @@ def test_resuming_another_run_is_refused(change, complaint, tmp_path):
 
 
 @given(st.floats(0, 0.99), st.booleans())
-def test_a_damaged_checkpoint_is_named_left_alone_and_made_again(share, zeros):
+def test_a_damaged_checkpoint_is_named_and_left_alone(share, zeros):
+    """The error says to delete it; then a resume ends in the bits of an undisturbed run."""
     stages = [stage("sft"), stage("spin")]
     expected = run(stages)
     with tempfile.TemporaryDirectory() as folder:
@@ -1815,13 +1865,12 @@ def test_a_damaged_checkpoint_is_named_left_alone_and_made_again(share, zeros):
         whole = path.read_bytes()
         damaged = whole[: int(share * len(whole))] + bytes(100) * zeros
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="1.spin.pt"):
-            srlm.load_checkpoint(path)
-        model = Tiny(seed=9)
-        with pytest.warns(UserWarning, match="1.spin.pt.*damaged"):
-            records = trainer(folder, stages, model)(resume=True)
-        assert (Path(folder) / "1.spin.pt.damaged").read_bytes() == damaged
-        srlm.load_checkpoint(path)
+        for attempt in (lambda: srlm.load_checkpoint(path), lambda: trainer(folder, stages)(resume=True)):
+            with pytest.raises(ValueError, match="1.spin.pt.*delete"):
+                attempt()
+        assert path.read_bytes() == damaged
+        path.unlink()
+        records = trainer(folder, stages, model := Tiny(seed=9))(resume=True)
     assert timeless(records) == expected[0]
     same(weights(model), expected[1])
 
@@ -1875,8 +1924,8 @@ def test_a_loss_that_is_not_finite_stops_with_stage_and_step(tmp_path):
 
 def test_a_judge_that_never_scores_is_quoted_and_named(tmp_path):
     silent = srlm.RewardConfig("h{{ prompt }}g{{ response }}h", "Score: {{ reward }}")
-    with pytest.raises(ValueError, match=r"stage 0 \(self-reward\): .*unparsed.*said.*\[") as error:
-        trainer(tmp_path, [stage("self-reward", max_passes=1000, n_pairs=50)],
+    with pytest.raises(ValueError, match=r"stage 0 \(self-reward\): .*16.*unparsed.*\[") as error:
+        trainer(tmp_path, [stage("self-reward", prompt_dataset=WORDS * 1000)],
                 self_reward_prompt_config=silent)()
     assert os.listdir(tmp_path) == [] and re.search(r"\['[a-h]*', '[a-h]*', '[a-h]*'\]", str(error.value))
 
@@ -1928,9 +1977,11 @@ def test_a_data_set_may_be_a_function_of_the_model():
 
 
 @pytest.mark.parametrize("items, complaint", [
-    (lambda model: [], "empty"), ([([], 0)], "item 0: 0 tokens"),
-    ([ITEMS[0], (torch.tensor([1, 2]), 2)], "item 1: 2 tokens.*2"),
-    ([(torch.tensor([1] * 31), 2)], "item 0: 31 tokens.*30"), ([([9, 9], 0)], "item 0: 0 tokens")])
+    (lambda model: [], "empty"), ([([], 0)], "item 0 has 0 tokens"), ([([5], 0)], "item 0 has 1 token"),
+    ([ITEMS[0], (torch.tensor([1, 2]), 2)], "item 1 has 2 tokens.*2"),
+    ([(torch.tensor([1] * 31), 2)], "item 0 has 31 tokens.*30"), ([([9, 9], 0)], "item 0.*9"),
+    ([([1.5, 2.5], 0)], "item 0.*1.5"), ([([1, -1], 0)], "item 0.*-1"), ([([[1, 2]], 0)], "item 0"),
+    (["ab"], "item 0.*ab"), ([([1, 2], 0, 3)], "item 0")])
 def test_training_items_without_a_response_or_too_long_are_refused(items, complaint, tmp_path):
     model = srlm.Transformer(srlm.ModelConfig(9, 8, 1, 1, 30), generator(0))
     with pytest.raises(ValueError, match=r"stage 0 \(sft\).*" + complaint):
@@ -1977,6 +2028,95 @@ def test_evaluate_sees_a_frozen_model_and_its_findings_are_reported(tmp_path):
     assert reported == records == srlm.load_checkpoint(tmp_path / "1.spin.pt")["records"]
 
 
+def test_a_stage_of_one_update_reports_what_dpo_loss_says():
+    """reward_accuracy, reward_margin and the log-probabilities as change since the stage began."""
+    pairs = KINDS["dpo"][1]["pair_dataset"]
+    config = stage("dpo", steps=2, batch_size=len(pairs), learning_rate=0.05, warmup=0, beta=0.7)
+    start, after = Tiny(), Tiny()
+    first, second = run([config])[0][0]["history"]
+    run([dataclasses.replace(config, steps=1, learning_rate=0.05)], after)  # the weights after one update
+    close([first[key] for key in ("loss", "reward_margin", "chosen_logprob")], [math.log(2), 0, 0], 1e-6)
+    items = [TEXT.item(prompt, answer) for prompt, *answers in pairs for answer in answers]
+    ids, lens = pad([ids for ids, _ in items], -1), torch.tensor([n for _, n in items])
+    (now, then) = (srlm.sequence_logprobs(model, ids, lens).view(-1, 2) for model in (after, start))
+    losses, chosen, rejected = srlm.dpo_loss(now[:, 0], now[:, 1], then[:, 0], then[:, 1], beta=0.7)
+    close(second["loss"], losses.mean(), 1e-5)
+    close(second["reward_accuracy"], (chosen > rejected).double().mean(), 1e-6)
+    close(second["reward_margin"], (chosen - rejected).mean(), 1e-4)
+    close([second["chosen_logprob"], second["rejected_logprob"]], (now - then).mean(0), 1e-4)
+
+
+@given(st.integers(1, 120))
+def test_the_history_has_at_most_50_points_and_averages_every_update(steps):
+    """Its last step is the last update, and its loss, weighted by its steps, is the mean loss."""
+    record = run([stage("sft", steps=steps, train_dataset=ITEMS[:1])])[0][0]
+    ends = [0] + [point["step"] for point in record["history"]]
+    assert len(ends) <= 51 and ends == sorted(set(ends)) and ends[-1] == steps
+    if steps <= 20:
+        close(sum(point["loss"] for point in record["history"]) / steps, record["loss"], 1e-9)
+
+
+def test_few_pairs_are_not_trained_on_for_more_than_max_epochs():
+    """7 pairs, batches of 3: 2 passes are 5 updates, whatever `steps` says."""
+    steps = [run([stage("dpo", steps=n, max_epochs=2)])[0][0]["steps"] for n in (3, 100)]
+    assert steps == [3, 5]
+
+
+def test_early_stopping_by_itself():
+    """The best weights come back, the first of equals; a NaN is never the best."""
+    values, model = iter([NAN, 1.0, 3.0, 3.0, 2.0]), nn.Linear(1, 1)
+    stopping = srlm.EarlyStopping(lambda model: next(values), "max", 2)
+    looks = []
+    for i in range(5):
+        nn.init.constant_(model.weight, i)
+        looks.append(stopping.look(model))
+    stopping.restore(model)
+    assert looks == [False, False, False, False, True] and model.weight.item() == 2
+    untouched = srlm.EarlyStopping(lambda model: NAN, "min", None)
+    assert not untouched.look(model)
+    untouched.restore(model)
+    assert model.weight.item() == 2
+
+
+class PoliteWorld:
+    """The smallest world of one's own, a dozen lines: say "ok!", not "ok", as half of the teachers do."""
+
+    CHAT_TEMPLATE, max_new_tokens = "{{ prompt }}>", 4
+    JUDGE = srlm.RewardConfig("{{ prompt }}?{{ response }}=", "{{ reward }}", None, (0, 5))
+    eval_prompts = ["ab", "ba"]
+
+    def prompts(self, n, purpose):
+        return ["".join(word) for word in itertools.product("cdefgh", repeat=3)][:n]
+
+    def score(self, prompt, response):
+        return {"ok!": 5, "ok": 3}.get(response, 0)
+
+    def demonstrations(self, n):
+        return [(prompt, "ok" + "!" * (zlib.crc32(prompt.encode()) % 2)) for prompt in self.prompts(n, "")]
+
+    def judgements(self, n, model, tidy):
+        answers = [("ok!", "ok", "o", "no", "")[i % 5] for i in range(n)]
+        return [(p, r, str(self.score(p, r))) for p, r in zip(self.prompts(n, ""), answers)]
+
+    def to_judge(self, model):
+        return [(p, r, self.score(p, r)) for p in self.eval_prompts for r in ("ok!", "ok", "o", "no", "")]
+
+
+def test_the_recipe_runs_in_a_world_of_ones_own(tmp_path):
+    """M0 to M3 on a second tiny world: the loop makes the better of the demonstrated answers the rule."""
+    argv = ["--base-steps", "40", "--sft-steps", "150", "--dpo-steps", "30", "--demonstrations", "96",
+            "--judgements", "200", "--stage-prompts", "96", "--checkpoints", str(tmp_path), "--depth", "2"]
+    lines = srlm.train(srlm.Options.parse(argv), PoliteWorld())
+    assert [line.get("kind") for line in lines] == [None, "sft", "sft", "self-reward", "self-reward"]
+    assert lines[4]["oracle_score"] > lines[2]["oracle_score"] + 0.3
+
+
+def test_the_examples_of_the_docstrings_are_true():
+    """Every doctest of srlm.py runs."""
+    found = doctest.testmod(srlm)
+    assert found.failed == 0 and found.attempted > 60
+
+
 def test_mock_data_sets():
     count = itertools.count()
     assert srlm.create_mock_dataset(3, "x") == ["x"] * 3
@@ -2021,12 +2161,8 @@ def test_targets_by_hand():
     assert [WORLD.target(f"{name} dbca") for name in srlm.INSTRUCTIONS] == ["abcd", "dbca", "acbd", "bcad"]
     assert list(srlm.INSTRUCTIONS) == ["sort", "copy", "reverse", "rotate"]
     for wrong in ("sort", "sort a", "sort aa", "sort xyz", "dance ab", "", "sort ab c"):
-        assert not WORLD.is_valid(wrong)
         with pytest.raises(ValueError, match=re.escape(repr(wrong))):
             WORLD.target(wrong)
-    assert WORLD.is_valid("copy dbca") and not srlm.LetterWorld(["sort"]).is_valid("copy dbca")
-    assert WORLD.is_valid("sort fedcba")
-    assert not WORLD.is_valid("sort abc") and not WORLD.is_valid("sort gfedcba")
 
 
 @given(PROMPTS)
@@ -2066,7 +2202,7 @@ def test_no_evaluation_prompt_occurs_in_training(seed, n, n_eval):
     assert demonstrations == again.demonstrations(n) and len(demonstrations) == n
     for found in (world.prompts(n, "stage 2"), [prompt for prompt, _ in demonstrations]):
         assert len(set(found)) == n and not set(found) & set(world.eval_prompts)
-        assert all(world.is_valid(prompt) for prompt in found)
+        assert all(re.fullmatch("(sort|rotate) [a-h]{4,6}", prompt) for prompt in found)
     if n > 3:
         assert world.prompts(n, "stage 2") != world.prompts(n, "stage 3")
         assert world.prompts(n, "a") != srlm.LetterWorld(names, n_eval=n_eval, seed=seed + 1).prompts(n, "a")
@@ -2077,6 +2213,7 @@ def test_a_world_ends_somewhere():
     world = srlm.LetterWorld(["sort"], n_eval=1)
     with pytest.raises(ValueError, match=f"{words} prompts.*{words - 1}"):
         world.prompts(words, "all")
+    assert srlm.LetterWorld(["sort", "sort"], n_eval=1).instructions == ["sort"]
     for wrong in (["dance"], []):
         with pytest.raises(ValueError, match="instructions"):
             srlm.LetterWorld(wrong)
@@ -2248,7 +2385,7 @@ def test_the_table_shows_the_metrics(quick):
     assert win > 50 and f"ask {folder}{os.sep}3.self-reward.pt" in printed
 
 
-def test_ask_answers_scores_and_tells_the_truth(quick, capsys, monkeypatch):
+def test_ask_answers_scores_and_tells_the_truth(quick, capsys):
     path = str(quick[0] / "3.self-reward.pt")
     srlm.main(["ask", path, "sort dbca"])
     said = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
@@ -2259,10 +2396,9 @@ def test_ask_answers_scores_and_tells_the_truth(quick, capsys, monkeypatch):
     srlm.main(["ask", path, "what else?"])
     said = capsys.readouterr().out
     assert "answer" in said and "own score" in said and "true score" not in said
-    lines = iter(["sort ab", ""])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    srlm.main(["ask", path])
-    assert capsys.readouterr().out.count("true score") == 1
+    with pytest.raises(SystemExit):
+        srlm.main(["ask", path])
+    assert "prompt" in capsys.readouterr().err
 
 
 def test_a_resumed_run_ends_in_the_same_numbers(quick, tmp_path):
@@ -2290,14 +2426,14 @@ def test_mistakes_end_in_one_line_and_exit_code_2(quick, capsys, tmp_path):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     done = shell("--quick", "--checkpoints", folder, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
-    assert re.search(r"0\.sft\.pt exists; .*resume.*overwrite", done.stderr)
+    assert re.search(r"3\.self-reward\.pt exists; .*resume.*overwrite", done.stderr)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert "none of sft" in refused(capsys, "--stages", "sft,dance")
     assert "begin with sft" in refused(capsys, "--stages", "self")
     assert "dance" in refused(capsys, "--instructions", "dance")
     assert "--device nowhere: " in refused(capsys, "--device", "nowhere")
-    assert "--eval-prompts is 0, not 1 or more" in refused(capsys, "--eval-prompts", 0)
-    assert "--nll-weight is nan, not 0 or more" in refused(capsys, "--nll-weight", "nan")
+    assert "--eval-prompts 0 is not above 0" in refused(capsys, "--eval-prompts", 0)
+    assert "--nll-weight nan is not 0 or more" in refused(capsys, "--nll-weight", "nan")
     assert "mine.jsonl" in refused(capsys, "--stages", "sft", "--sft", tmp_path / "mine.jsonl")
     assert "needs --judged" in refused(capsys, "--sft", "x", "--stages", "sft,self")
     assert "--sft" in refused(capsys, "--judged", "x")
@@ -2330,14 +2466,6 @@ def judging_data(trainer):
     return [srlm.decode(ids[:length]) for ids, length in trainer["stages"][1].train_dataset(None)[40:]]
 
 
-def are_proposed(two, three):
-    """Whether two later stages have prompts of their own that are not simply drawn."""
-    world = srlm.LetterWorld(n_eval=3)
-    assert all(map(world.is_valid, two + three)) and len(set(two + three)) == len(two + three) > 1
-    assert not set(two + three) & set(world.eval_prompts) and abs(len(two) - len(three)) < 2
-    return two != world.prompts(4, "stage 2") and three != world.prompts(4, "stage 3")
-
-
 @pytest.mark.parametrize("flag, value, reach", [
     ("--seed", 7, lambda trainer: trainer["seed"]),
     ("--checkpoints", "here", lambda trainer: str(trainer["checkpoints_folder"])),
@@ -2347,16 +2475,21 @@ def are_proposed(two, three):
     ("--replay-weight", 0.5, lambda trainer: trainer["stages"][3].replay_weight),
     ("--nll-weight", 0.5, lambda trainer: trainer["stages"][3].nll_weight),
     ("--demonstrations", 77, lambda trainer: len(trainer["stages"][0].train_dataset)),
-    ("--stage-prompts", 7, lambda trainer: len(trainer["stages"][2].prompt_dataset(None))),
+    ("--stage-prompts", 7, lambda trainer: len(trainer["stages"][2].prompt_dataset)),
+    ("--dim", 32, lambda trainer: trainer["model"].config.dim),
+    ("--depth", 3, lambda trainer: trainer["model"].config.depth),
+    ("--beta", 0.5, lambda trainer: trainer["stages"][2].beta),
+    ("--n-candidates", 3, lambda trainer: trainer["stages"][2].n_candidates),
+    ("--judge-samples", 2, lambda trainer: trainer["stages"][3].n_judge_samples),
+    ("--sft-learning-rate", 0.5, lambda trainer: trainer["stages"][1].learning_rate),
+    ("--dpo-learning-rate", 0.5, lambda trainer: trainer["stages"][2].learning_rate),
     ("--max-seq-len", 77, lambda trainer: trainer["model"].max_seq_len),
     ("--device", "meta", lambda trainer: trainer["device"]),
     ("--instructions", "copy", lambda trainer: srlm.decode(trainer["stages"][0].train_dataset[0][0])[2:6]),
     ("--eval-prompts", 7, lambda trainer: len(trainer["evaluate"](trainer["model"])["scores"])),
     ("--judgements", 9, lambda trainer: len(judging_data(trainer))),
     ("--tidy", True, lambda trainer: all(re.fullmatch(rf"\? .*\n{TIDY}\n", asked)
-                                         for asked in judging_data(trainer))),
-    ("--propose", True, lambda trainer: are_proposed(*(trainer["stages"][i].prompt_dataset(None)
-                                                       for i in (2, 3))))])
+                                         for asked in judging_data(trainer)))])
 def test_a_flag_reaches_what_it_names(flag, value, reach, quick, monkeypatch):
     class Reached(Exception):
         pass
@@ -2391,7 +2524,7 @@ def test_ones_own_data_take_the_place_of_the_world(capsys, tmp_path):
              "judged": [{"prompt": f"say {word}", "response": word[:n], "score": n} for word in letters
                         for n in range(1, 4)],
              "prompts": [{"prompt": f"say {word}{word}"} for word in letters]}
-    argv = [*SHORT, "--checkpoints", str(tmp_path / "run"), "--max-seq-len", "64"]
+    argv = [*SHORT, "--checkpoints", str(tmp_path / "run"), "--max-seq-len", "64", "--stage-prompts", "99"]
     for name, rows in files.items():
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
         argv += [f"--{name}", str(tmp_path / f"{name}.jsonl")]
@@ -2408,24 +2541,28 @@ def test_ones_own_data_take_the_place_of_the_world(capsys, tmp_path):
 
 
 def test_own_prompts_are_held_out_whole_and_every_answer_leaves_the_judge_room(tmp_path):
-    rows = [{"prompt": f"say {i % 25}", "response": f"{i}"} for i in range(60)]
+    """Whatever file a prompt comes from, it is learned from in all files or in none."""
+    held = lambda prompt: zlib.crc32(prompt.encode()) % 10 == 0
+    rows = [{"prompt": f"do {i % 25}", "response": f"{i}"} for i in range(60)]
     rows += [{"prompt": "p" * 50, "response": "r"}, {"prompt": "p", "response": "r" * 50}]
+    n_held = sum(held(row["prompt"]) for row in rows)
     (tmp_path / "sft").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "judged").write_text("\n".join(json.dumps(row | {"score": 2.5}) for row in rows))
     options = srlm.Options(sft=tmp_path / "sft", judged=tmp_path / "judged", max_seq_len=80)
     world = srlm.OwnData(options)
-    for kept, held_out in ((world.pairs, world.held_out), (world.judged, world.held_out_judged)):
-        assert len(kept) + len(held_out) == 62 and len(kept) == 62 - 7
-        assert {row[0] for row in held_out} == {"say 0", "say 10", "say 20"}
-        assert not {row[0] for row in held_out} & {row[0] for row in kept}
-    assert world.eval_prompts == ["say 0", "say 10", "say 20"] and len(world.own_prompts) == 24
-    assert not set(world.own_prompts) & set(world.eval_prompts)
+    assert 0 < n_held < 20 and not held("p" * 50) and not held("p")
+    for learned, held_out in ((world.pairs, world.held_out), (world.judged, world.held_out_judged)):
+        assert len(learned) == 62 - n_held and len(held_out) == n_held
+        assert not any(held(row[0]) for row in learned) and all(held(row[0]) for row in held_out)
+    assert set(world.eval_prompts) == {row[0] for row in world.held_out}
+    assert not any(map(held, world.own_prompts)) and len(world.own_prompts) == len({r[0] for r in world.pairs})
     longest = srlm.LetterWorld.JUDGE.render("p" * 50, "r" * world.max_new_tokens)
-    assert len(longest) == 80 - len("= 2.5") - 3 and world.max_new_tokens < 50
-    (tmp_path / "prompts").write_text('{"prompt": "say 10"}\n{"prompt": "say 99"}')
-    assert srlm.OwnData(dataclasses.replace(options, prompts=tmp_path / "prompts")).own_prompts == ["say 99"]
+    assert len(longest) <= 80 - len("= 2.5") - 1 and 10 < world.max_new_tokens < 50
+    (tmp_path / "prompts").write_text("\n".join(json.dumps({"prompt": f"do {i}"}) for i in range(90, 120)))
+    world = srlm.OwnData(dataclasses.replace(options, prompts=tmp_path / "prompts"))
+    assert sorted(world.prompts(99, "any")) == sorted(f"do {i}" for i in range(90, 120) if not held(f"do {i}"))
     few = srlm.OwnData(dataclasses.replace(options, eval_prompts=1))
-    assert few.eval_prompts == ["say 0"] and len(few.held_out) == len(few.held_out_judged) == 5
+    assert len(few.eval_prompts) == 1 and len(few.held_out) <= 5
 
 
 def test_ctrl_c_ends_at_once_with_one_line_that_says_how_to_resume(tmp_path):
@@ -2516,14 +2653,14 @@ def test_the_notebook_is_stored_as_it_ran_and_runs_again():
 # ================================================================================================
 
 RANK = int(os.environ.get("RANK", 0))  # which process this is, under torchrun
-MANY = {"sft": {}, "spin": dict(train_dataset=ITEMS * 20),
+MANY = {"sft": {}, "dpo": {}, "spin": dict(train_dataset=ITEMS * 20),
         "self-reward": dict(prompt_dataset=WORDS * 30, replay_dataset=lambda model: ITEMS[RANK:]),
         "external-reward": dict(prompt_dataset=WORDS * 30)}  # enough for each process to write some
 
 
 def train_every_kind(folder):
     """What each of several processes does: leaves its records and weights in the folder."""
-    sizes = (torch.float64, 1), (torch.float64, 5), (torch.float32, 5)
+    sizes = (torch.float64, 2), (torch.float64, 5), (torch.float32, 5)
     for kind, (dtype, batch_size) in itertools.product(KINDS, sizes):
         model, name = Tiny(seed=RANK).to(dtype), f"{kind} {dtype} {batch_size}"
         at_work = stage(kind, batch_size=batch_size, **MANY[kind])
@@ -2557,8 +2694,8 @@ def in_two_processes(what, folder):
 
 
 def test_several_processes_train_to_the_weights_of_one(tmp_path):
-    """Whatever the kind of stage, also where a batch has fewer items than there are processes; all
-    end with the same bits, begin with the main one's weights, and stop when it stops."""
+    """Whatever the kind of stage, also where they share a batch unevenly; all end with the same bits,
+    begin with the main one's weights, and stop when it stops."""
     alone, together = tmp_path / "alone", tmp_path / "together"
     alone.mkdir(), together.mkdir()
     train_every_kind(alone)
@@ -2571,9 +2708,14 @@ def test_several_processes_train_to_the_weights_of_one(tmp_path):
             tolerance = 1e-9 if "float64" in path.name else 1e-5
             torch.testing.assert_close(two, one, atol=tolerance, rtol=tolerance)
             same(two, torch.load(together / path.name)[1])
-            assert [{**record, "loss": 0} for record in found] == [
-                {**record, "loss": 0} for record in records]
-            close(found[0]["loss"], records[0]["loss"], 1e-5)
+            for a, b in zip(found, records, strict=True):
+                history, expected = a.pop("history"), b["history"]
+                assert a.keys() | {"history"} == b.keys()
+                a.pop("reward_accuracy", None)  # of equal rewards rounding decides, in the first update
+                for key, value in a.items():
+                    close(value, b[key], 1e-5) if isinstance(value, float) else None
+                    assert isinstance(value, float) or value == b[key]
+                assert [point["step"] for point in history] == [point["step"] for point in expected]
     assert (together / "looks 0").read_text() == "3 3" and (together / "looks 1").read_text() == "3 0"
     assert not list(together.rglob("*.tmp"))
 
@@ -2588,6 +2730,969 @@ def test_a_process_that_dies_ends_the_others_and_the_run_can_be_resumed(tmp_path
     trainer(tmp_path / "run", stages, model)(resume=True)
     trainer(tmp_path / "undisturbed", stages, other)()
     torch.testing.assert_close(weights(model), weights(other), atol=1e-5, rtol=1e-5)
+
+
+# ================================================================================================
+# Nothing wrong in silence
+# ================================================================================================
+
+PAIRS = [srlm.PreferencePair(ids[:n], ids[n:], ids[n:-1]) for ids, n in ITEMS]
+SMALL = [*SHORT, "--dim", "8", "--depth", "1"]
+
+
+def complaint(*stages, **kwargs):
+    """The one line with which a trainer refuses stages, before any update."""
+    def never(*_, **__):
+        pytest.fail("training has begun")
+
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(srlm, "fit", never):
+        with pytest.raises(ValueError) as error:
+            trainer(folder, [make() for make in stages], **kwargs)()
+        assert os.listdir(folder) == [] and len(str(error.value).splitlines()) == 1
+        return str(error.value)
+
+
+@contextlib.contextmanager
+def within(seconds):
+    """An endless loop in the block is an error."""
+    def stop(*_):
+        raise TimeoutError(f"not done within {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left)
+        signal.signal(signal.SIGALRM, before)
+
+
+# ================================================================================================
+# Text, sampling, log-probabilities (1 to 6)
+# ================================================================================================
+
+
+@pytest.mark.parametrize("reply, score", [
+    ("**Score:** 4", 4), ("Score:4", 4), ("Score: **4**", 4), ("Score: <4>", 4), ('Score: "4"', 4),
+    ("score: 4/5", 4), ("Score: 50", None), ("Score: -1", None), ("Score: 5.1", None), ("Score: 5", 5),
+    ("**Score: `3`**", 3), ("Score: __2.5__", 2.5), ("Score: [1]", 1), ("Score 4", None)])
+def test_the_default_judge_reads_the_verdicts_of_chat_models_and_nothing_else(reply, score):
+    assert srlm.DEFAULT_REWARD_CONFIG.parse(reply) == score
+
+
+DECORATION = st.text(alphabet="*_` \n", max_size=4)
+
+
+@given(*[DECORATION] * 4, st.sampled_from(["", *"\"'([{<"]), st.floats(-9, 9).map(lambda x: round(x, 3)))
+def test_a_decorated_number_is_read_if_and_only_if_it_is_in_range(one, two, three, four, opening, number):
+    """Markdown, white space and one opening bracket do not matter; the range does."""
+    reply = f"It is good. {one}Score:{two}{opening}{three}{number:.3f}{four}"
+    assert srlm.DEFAULT_REWARD_CONFIG.parse(reply) == (number if 0 <= number <= 5 else None)
+
+
+def spelled_out(logits, ids, start):
+    """log p(ids[start:] | ids[:start]) in float64."""
+    logprobs = logits.detach().double().log_softmax(-1)[torch.arange(len(ids) - 1), ids[1:]]
+    return float(logprobs[start - 1:].sum())
+
+
+@given(SEEDS, st.integers(1, 3))
+def test_a_pad_token_that_is_eos_is_trained_on_like_any_other(seed, ends):
+    """Tokens at the end of an item count, whatever their id and however often it stands there."""
+    model, rows = Tiny(seed=seed).double(), []
+    for length in (2, 5, 3):
+        ids = torch.randint(0, 9, (length,), generator=generator(seed + length))
+        rows.append((torch.cat((ids, torch.full((ends,), 8))), 1))
+    total, count, _ = srlm.sft_objective(rows).loss(model, rows)
+    close(total, -sum(spelled_out(model(ids[None])[0], ids, 1) for ids, _ in rows))
+    assert int(count) == sum(len(ids) - 1 for ids, _ in rows)
+
+
+@pytest.mark.parametrize("eos_id", [0, 8])
+def test_a_model_learns_to_stop_whatever_the_id_of_eos(eos_id, tmp_path):
+    model, text = Tiny(), dict(tokenizer_encode=lambda text: [LETTERS.index(c) % 7 + 1 for c in text],
+                               tokenizer_decode=lambda ids: "a" * len(ids), eos_id=eos_id)
+    items = [srlm.TextFormat(text["tokenizer_encode"], eos_id=eos_id).item("ab", "c")]
+    stages = [stage("sft", train_dataset=items, steps=60, learning_rate=0.1, batch_size=1)]
+    trainer(tmp_path, stages, model, chat_template="{{ prompt }}", **text)()
+    row = srlm.sample(model, [items[0][0][:2]], max_new_tokens=9, temperature=0, eos_id=eos_id)[0]
+    assert row.tolist() == items[0][0][2:].tolist() and row[-1] == eos_id
+
+
+class Stored(nn.Module):
+    """The same bfloat16 logits (T, V) for every row."""
+
+    def __init__(self, length, vocab, seed):
+        super().__init__()
+        self.logits = 3 * torch.randn(length, vocab, generator=generator(seed)).bfloat16()
+
+    def forward(self, ids):
+        return self.logits[: ids.shape[1]].expand(len(ids), -1, -1)
+
+
+@given(SEEDS)
+def test_log_probabilities_of_bfloat16_logits_are_not_summed_in_bfloat16(seed):
+    model = Stored(203, 97, seed)
+    ids = torch.randint(0, 97, (1, 203), generator=generator(seed))
+    found = srlm.sequence_logprobs(model, ids, torch.tensor([3]))
+    assert found.dtype == torch.float32 and srlm.token_logprobs(model, ids).dtype == torch.float32
+    expected = spelled_out(model.logits, ids[0], 3)
+    close(found, [expected], 1e-5)
+    close(srlm.sft_loss(model, ids, torch.tensor([3])), -expected / 200, 1e-5)
+
+
+@given(SEEDS)
+@settings(max_examples=10)
+def test_the_built_in_model_runs_in_bfloat16(seed):
+    """Its log-probabilities are those of its own logits, and its logits are near those of float32."""
+    config = srlm.ModelConfig(dim=16, depth=2)
+    wide = srlm.Transformer(config, generator(seed))
+    model = srlm.Transformer(config, generator(seed)).to(torch.bfloat16)
+    ids = torch.randint(0, 257, (2, 210), generator=generator(seed))
+    logits = model(ids)
+    assert logits.dtype == torch.bfloat16
+    expected = [spelled_out(row, row_ids, 10) for row, row_ids in zip(model(ids[:, :-1]), ids)]
+    close(srlm.sequence_logprobs(model, ids, torch.tensor([10, 10])), expected, 1e-5)
+    close(logits, wide(ids), 0.15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_top_p_of_1_keeps_every_token_of_a_large_vocabulary(dtype):
+    logits = torch.randn(4, 50_000, generator=generator(0)).to(dtype)
+    for p in (1, 1.0):
+        same(srlm.top_p(logits, p), logits)
+
+
+def test_pad_is_no_token_and_cannot_be_drawn():
+    """Every token of an undecided model is a byte or EOS; a model has no row for anything else."""
+    model = srlm.Transformer(srlm.ModelConfig(dim=8, depth=1, max_seq_len=64), generator(0))
+    assert srlm.PAD == -1 and srlm.VOCAB_SIZE == 257 == len(model.embedding.weight)
+    with torch.no_grad():
+        model.to_logits.weight.zero_()
+    rows = srlm.sample(model, [[1]] * 300, max_new_tokens=40, eos_id=None, generator=generator(0))
+    drawn = torch.cat(rows)
+    assert len(drawn) == 12_000 and drawn.unique().tolist() == list(range(257))
+
+
+def learning_rates(steps, warmup, learning_rate):
+    """The learning rate at each update."""
+    seen = []
+
+    class Recording(torch.optim.SGD):
+        def __init__(self, weights, *args, **kwargs):
+            super().__init__(weights, lr=NAN)
+
+        def step(self):
+            seen.append(self.param_groups[0]["lr"])
+
+    config = stage("sft", steps=steps, warmup=warmup, learning_rate=learning_rate)
+    with mock.patch.object(torch.optim, "AdamW", Recording):
+        srlm.fit(Tiny(), [srlm.sft_objective(ITEMS)], config)
+    return seen
+
+
+@given(st.integers(1, 40), st.floats(0, 1), st.sampled_from([1e-5, 1e-3, 0.7]))
+@example(200, 0.05, 1e-3)
+@example(200, 0.5, 1e-3)
+def test_the_learning_rate_climbs_linearly_to_its_peak_reaches_it_and_falls_linearly_to_zero(
+        steps, warmup, peak):
+    seen = np.array(learning_rates(steps, warmup, peak)) / peak
+    top = int(seen.argmax())
+    assert len(seen) == steps and abs(seen[top] - 1) < 1e-12
+    assert abs(top + 1 - max(1, warmup * steps)) <= 1
+    close(seen[: top + 1], np.arange(1, top + 2) / (top + 1))
+    close(seen[top:], np.arange(steps - top, 0, -1) / (steps - top))
+
+
+# ================================================================================================
+# Stages and data (7, 12 to 17, 23, 24)
+# ================================================================================================
+
+
+@pytest.mark.parametrize("item", [([3], 0), ([3], 1), ([1, 2], 2), ([], 0), ([1, 2], 5), ([1, 2], -1)])
+def test_an_item_without_a_predictable_token_is_named_before_any_work(item):
+    item = (torch.tensor(item[0], dtype=torch.long), item[1])
+    for kind in ("sft", "spin"):
+        found = complaint(lambda: stage(kind, train_dataset=[*ITEMS[:2], item]))
+        assert re.search(rf"\b{kind}\b.*train_dataset.*\b2\b.*{len(item[0])} tokens", found)
+    found = complaint(lambda: stage("external-reward", replay_dataset=[item]))
+    assert re.search(r"replay_dataset.*\b0\b", found)
+
+
+@pytest.mark.parametrize("picked", [(-1, 0), (0, -1), (0, 4), (4, 0), (1, 1), (-4, -1), (0, 99)])
+def test_a_picker_can_only_pick_candidates_of_its_prompt(picked):
+    with pytest.raises(ValueError, match=r"pick.*" + re.escape(str(picked)) + ".*3"):
+        srlm.generate_preferences(Tiny(), WORDS, lambda p, r: range(len(r)), n_candidates=4,
+                                  pick_pair=lambda rewards: picked, text=TEXT, max_new_tokens=4)
+
+
+class Listed(torch.utils.data.Dataset):
+    """A torch Dataset: it has a length and an index, no IndexError, and cannot be sliced."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        assert isinstance(index, int) and 0 <= index < len(self.rows), index
+        return self.rows[index]
+
+
+class Table:
+    """A Hugging Face Dataset: an index gives a dict, a slice a dict of columns."""
+
+    def __init__(self, **columns):
+        self.columns = columns
+
+    def __len__(self):
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, index):
+        return {name: column[index] for name, column in self.columns.items()}
+
+
+class Endless(Listed):
+    """Has an item at every index."""
+
+    def __getitem__(self, index):
+        return self.rows[index % len(self.rows)]
+
+
+DATA_FIELDS = [("sft", "train_dataset", ITEMS), ("spin", "train_dataset", ITEMS),
+               ("dpo", "pair_dataset", PAIRS), ("self-reward", "prompt_dataset", WORDS),
+               ("external-reward", "prompt_dataset", WORDS), ("external-reward", "replay_dataset", ITEMS)]
+
+
+@pytest.mark.parametrize("kind, field, rows", DATA_FIELDS)
+@pytest.mark.parametrize("form", [Listed, Endless, tuple, lambda rows: lambda model: Listed(rows)])
+def test_every_data_set_is_taken_by_its_length_and_index(form, kind, field, rows, tmp_path):
+    """It trains the same weights as a list does."""
+    found = []
+    for dataset in (rows, form(rows)):
+        model = Tiny()
+        with within(20):
+            records = trainer(tmp_path / str(len(found)), [stage(kind, **{field: dataset})], model)()
+        found.append((timeless(records), weights(model)))
+    assert found[0][0] == found[1][0]
+    same(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("kind, field, rows", DATA_FIELDS)
+@pytest.mark.parametrize("make, word", [
+    (lambda rows: "abc", "str"), (lambda rows: b"abc", "bytes"), (lambda rows: 7, "int"),
+    (lambda rows: (row for row in rows), "generator"), (lambda rows: iter(rows), "list_iterator"),
+    (lambda rows: set(WORDS), "set"), (lambda rows: {"a": rows[0]}, "dict"), (lambda rows: [], "empty")])
+def test_what_is_no_data_set_is_refused_by_name(make, word, kind, field, rows):
+    """At once, and when a function of the model returns it."""
+    found = complaint(lambda: stage(kind, **{field: make(rows)}))
+    assert field in found and re.search(rf"\b{word}\b", found)
+    with tempfile.TemporaryDirectory() as folder, pytest.raises(ValueError, match=rf"{field}.*\b{word}\b"):
+        trainer(folder, [stage(kind, **{field: lambda model: make(rows)})])()
+
+
+@pytest.mark.parametrize("kind", ["self-reward", "external-reward"])
+@pytest.mark.parametrize("dataset, index, word", [
+    (Table(prompt=WORDS, id=[0] * 7), 0, "dict"), (["a", "b", b"c"], 2, "bytes"), (["a", None], 1, "None"),
+    (["a", ["b"]], 1, "list"), (ITEMS, 0, "tuple"), (range(3), 0, "int"), (Listed(["a", "b", 3]), 2, "int")])
+def test_the_first_prompt_that_is_no_text_is_named(kind, dataset, index, word):
+    found = complaint(lambda: stage(kind, prompt_dataset=dataset))
+    assert re.search(rf"prompt_dataset.*\b{index}\b.*{word}", found)
+
+
+@pytest.mark.parametrize("bad", [
+    "ab", 7, None, torch.tensor([1, 2, 3]), (torch.tensor([1, 2, 3]),), (torch.tensor([1, 2, 3]), 1, 1),
+    {"ids": [1, 2], "prompt_len": 1}, ("ab", 1), ([0.5, 1.5], 1), (torch.tensor([1.0, 2.0]), 1),
+    (torch.tensor([[1, 2], [3, 4]]), 1), ([[1, 2], [3, 4]], 1), ([1, -1, 2], 1), ([1, 2, 9], 1),
+    (iter([1, 2, 3]), 1), (None, 1)], ids=str)
+def test_the_first_entry_that_is_no_training_item_is_named(bad):
+    found = complaint(lambda: stage("sft", train_dataset=[*ITEMS[:3], bad, None]))
+    assert re.search(r"train_dataset.*\b3\b", found)
+    assert re.search(r"replay_dataset.*\b0\b", complaint(lambda: stage("dpo", replay_dataset=[bad])))
+
+
+def test_items_may_be_lists_or_arrays_of_ids(tmp_path):
+    found = []
+    for form in (lambda ids: ids, lambda ids: ids.tolist(), lambda ids: ids.numpy(), lambda ids: ids.int()):
+        model = Tiny()
+        trainer(tmp_path / str(len(found)), [stage("sft", train_dataset=[(form(i), n) for i, n in ITEMS])],
+                model)()
+        found.append(weights(model))
+    for other in found[1:]:
+        same(other, found[0])
+
+
+@given(st.integers(1, 6), st.integers(1, 20))
+def test_an_evaluation_that_would_come_too_late_comes_at_the_end(steps, eval_every):
+    """eval_fn is called at least once, with the weights that the stage ends with."""
+    seen = []
+    config = stage("sft", steps=steps, eval_every=eval_every,
+                   eval_fn=lambda model: seen.append(weights(model)) or 1.0)
+    model = Tiny()
+    srlm.fit(model, [srlm.sft_objective(ITEMS)], config)
+    assert len(seen) == max(1, steps // eval_every)
+    same(weights(model), seen[0])  # all are as good, so the first stays
+
+
+def test_evaluations_are_rare_even_if_the_epochs_end_first():
+    seen = []
+    config = stage("sft", steps=50, max_epochs=1, batch_size=7, eval_every=10,
+                   eval_fn=lambda model: seen.append(1) or 0)
+    assert srlm.fit(Tiny(), [srlm.sft_objective(ITEMS)], config)["steps"] == len(seen) == 1
+
+
+@pytest.mark.parametrize("warmup", [100, 1.01, -0.1, NAN, math.inf])
+def test_warmup_is_a_share(warmup):
+    for kind in KINDS:
+        with pytest.raises(ValueError, match=rf"warmup.*{warmup}"):
+            stage(kind, warmup=warmup)
+    stage("sft", warmup=1)
+
+
+def test_the_true_score_grades_no_answer_of_a_self_reward_stage(tmp_path):
+    """And no comment claims more: the rehearsed verdicts do come from it."""
+    class Silent(srlm.LetterWorld):
+        def points(self, prompt, response):
+            pytest.fail("the true score was asked")
+
+    recipe = srlm.Recipe(stages="sft,self", dpo_steps=1, stage_prompts=4, n_candidates=2)
+    world, items = Silent(n_eval=2), [srlm.TextFormat().item("a", "b")]
+    last = srlm.recipe_stages(recipe, world, items, lambda model: items)[2]
+    grade = srlm.RewardConfig("{{ prompt }}{{ response }}", parse_reward=lambda reply: float(len(set(reply))))
+    model = srlm.Transformer(srlm.ModelConfig(dim=8, depth=1), generator(0))
+    record, = srlm.SelfRewardingTrainer(model, [last], checkpoints_folder=tmp_path,
+                                        chat_template=world.CHAT_TEMPLATE, self_reward_prompt_config=grade)()
+    assert record["kind"] == "self-reward" and record["pairs"] > 0
+    source = " ".join(Path(SCRIPT).read_text(encoding="utf-8").replace("#", " ").split())
+    assert "never speaks" not in source
+
+
+@pytest.mark.parametrize("eos_id", [9, 256, -1])
+def test_an_eos_outside_the_vocabulary_is_refused(eos_id, tmp_path):
+    for kind in KINDS:
+        found = complaint(lambda: stage(kind), eos_id=eos_id)
+        assert re.search(rf"eos_id={eos_id}\b.*\b9\b.*eos_id=None", found)
+    rows = []
+    trainer(tmp_path, [stage("external-reward", reward_model=lambda p, r: rows.extend(r) or ODD(p, r))],
+            eos_id=None)()
+    assert len(rows) == 4 * len(WORDS)
+
+
+class Wrapped(Tiny):
+    """Returns something else than logits."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.wrap = wrap
+
+    def forward(self, ids):
+        return self.wrap(super().forward(ids))
+
+
+@dataclasses.dataclass
+class ModelOutput:
+    logits: torch.Tensor
+
+
+@pytest.mark.parametrize("wrap, word", [
+    (lambda logits: (logits, None), "tuple"), (ModelOutput, "ModelOutput"),
+    (lambda logits: {"logits": logits}, "dict"), (lambda logits: logits[:, -1], "Tensor")])
+def test_a_model_that_returns_no_logits_needs_a_wrapper(wrap, word):
+    for kind in KINDS:
+        assert re.search(rf"{word}.*logits.*wrap", complaint(lambda: stage(kind), model=Wrapped(wrap)))
+
+
+class Recording(Tiny):
+    """Remembers the shapes that it is called with."""
+
+    def __init__(self, vocab=9):
+        super().__init__(vocab)
+        self.shapes = []
+
+    def forward(self, ids):
+        self.shapes.append(tuple(ids.shape))
+        return super().forward(ids)
+
+
+def random_pairs(lengths, seed=0):
+    draw = lambda n: torch.randint(0, 9, (n,), generator=generator(seed + n))
+    return [srlm.PreferencePair(draw(max(1, n // 3)), draw(n), draw(max(1, n // 2))) for n in lengths]
+
+
+@settings(max_examples=10)
+@given(st.lists(st.integers(2, 700), min_size=1, max_size=60), SEEDS)
+@example([200] * 64, 0)
+def test_the_reference_pass_is_cut_by_tokens(lengths, seed):
+    """No piece has more than 4,096 tokens or so, unless it is one pair; the numbers do not depend on it."""
+    model, pairs = Recording(), random_pairs(lengths, seed % 999)
+    found = srlm.with_reference_logprobs(model, pairs)
+    for rows, length in model.shapes:
+        assert rows == 2 or rows * length <= 4096
+    expected = [[float(x.detach()) for x in srlm.pair_logprobs(model, [pair])] for pair in pairs]
+    close(sorted([pair.ref_chosen, pair.ref_rejected] for pair in found), sorted(expected), 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["spin", "dpo", "external-reward"])
+def test_no_stage_runs_a_large_batch_of_long_texts_before_its_updates(kind, tmp_path):
+    """Sampling and the reference pass together: at most 4,096 tokens or one pair at a time."""
+    items = [(torch.cat((pair.prompt, pair.chosen)), len(pair.prompt)) for pair in random_pairs([300] * 70)]
+    data = {"spin": dict(train_dataset=items), "dpo": dict(pair_dataset=random_pairs([300] * 70)),
+            "external-reward": dict(prompt_dataset=["abc" * 100] * 70, n_candidates=2)}
+    model, updates = Recording(), []
+    def fit(*args, **kwargs):
+        updates.append(len(model.shapes))
+        return {}
+
+    with mock.patch.object(srlm, "fit", fit):
+        trainer(tmp_path, [stage(kind, **data[kind])], model)()
+    assert len(updates) == 1 and max(rows * length for rows, length in model.shapes) <= 4096
+    assert len(model.shapes) > 5
+
+
+def test_the_built_in_model_samples_and_trains_in_bfloat16(tmp_path):
+    model = srlm.Transformer(srlm.ModelConfig(dim=8, depth=1), generator(0)).to(torch.bfloat16)
+    before, items = weights(model), [srlm.TextFormat().item("ab", "c")]
+    grade = srlm.RewardConfig("{{ prompt }}{{ response }}", parse_reward=lambda reply: float(len(set(reply))))
+    stages = [srlm.SFTConfig(train_dataset=items, steps=2, learning_rate=0.1),
+              srlm.SelfPlayConfig(train_dataset=items, steps=1, max_new_tokens=3),
+              srlm.SelfRewardDPOConfig(prompt_dataset=["a", "b"], steps=1, max_new_tokens=5,
+                                       max_judge_tokens=5)]
+    records = srlm.SelfRewardingTrainer(model, stages, checkpoints_folder=tmp_path,
+                                        self_reward_prompt_config=grade)()
+    assert all(math.isfinite(record["loss"]) for record in records)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert not before["to_logits.weight"].equal(model.to_logits.weight)
+
+
+class Apple(TorchFunctionMode):
+    """The CPU in the clothes of Apple's GPU: the same device name, and no float64."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function == torch.Tensor.device.__get__:
+            return torch.device("mps")
+        real = lambda x: torch.device("cpu") if isinstance(x, torch.device) else x
+        found = function(*map(real, args), **{key: real(value) for key, value in (kwargs or {}).items()})
+        if isinstance(found, torch.Tensor) and found.dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64")
+        return found
+
+
+def test_sampling_judging_and_training_need_no_float64_where_there_is_none():
+    model = srlm.Transformer(srlm.ModelConfig(dim=8, depth=1), generator(0))
+    items, context = [srlm.TextFormat().item("a", "b")], srlm.Context()
+    with Apple():
+        assert srlm.device_of(model).type == "mps"
+        drawn = srlm.sample(model, [[1, 2], [3]] * 50, max_new_tokens=20, eos_id=None, generator=generator(0))
+        assert torch.cat(drawn).max() < 257 and torch.cat(drawn).min() >= 0
+        assert srlm.judge(model, srlm.LetterWorld.JUDGE, ["a"], ["b"], max_new_tokens=3).shape == (1,)
+        for config in (srlm.SFTConfig(train_dataset=items, steps=2),
+                       srlm.DPOConfig(pair_dataset=[("a", "b", "c")], steps=1),
+                       srlm.ExternalRewardDPOConfig(prompt_dataset=["a"], steps=1, max_new_tokens=4,
+                                                    reward_model=lambda p, r: range(len(r)))):
+            assert math.isfinite(config.run(model, context)["loss"])
+
+
+# ================================================================================================
+# Checkpoints (9, 10, 19)
+# ================================================================================================
+
+
+class Interrupted(KeyboardInterrupt):
+    pass
+
+
+def interrupt(*_, **__):
+    raise Interrupted
+
+
+def test_an_overwrite_that_was_interrupted_is_resumed_and_not_the_older_run(tmp_path):
+    """Interrupted at once, or in its second stage; the resumed run ends as one that nothing disturbed."""
+    new, stages = dict(seed=1), [stage("sft"), stage("spin"), stage("dpo")]
+    undisturbed = Tiny()
+    expected = timeless(trainer(tmp_path / "new", stages, undisturbed, **new)())
+    for cut in (0, 1):
+        folder = tmp_path / str(cut)
+        trainer(folder, stages, **new | dict(seed=0))()
+        at = iter(range(9))
+        fit = srlm.fit
+        with mock.patch.object(srlm, "fit", lambda *a, **k: interrupt() if next(at) == cut else fit(*a, **k)):
+            with pytest.raises(Interrupted):
+                trainer(folder, stages, **new)(overwrite_checkpoints=True)
+        assert len(os.listdir(folder)) == cut
+        model = Tiny()
+        assert timeless(trainer(folder, stages, model, **new)(resume=True)) == expected
+        same(weights(model), weights(undisturbed))
+
+
+def test_a_shorter_overwrite_leaves_nothing_of_the_longer_run(tmp_path):
+    """Neither later stages, nor other kinds, nor steps; files that are not srlm's stay."""
+    trainer(tmp_path, [stage("sft", checkpoint_every=1), stage("spin"), stage("sft"), stage("dpo")])()
+    (tmp_path / "notes.pt").write_text("mine")
+    stages = [stage("sft", learning_rate=0.5)]
+    trainer(tmp_path, stages)(overwrite_checkpoints=True)
+    assert sorted(os.listdir(tmp_path)) == ["0.sft.pt", "notes.pt"]
+    longer = [*stages, stage("spin"), stage("sft"), stage("dpo")]
+    model, expected = Tiny(), Tiny()
+    trainer(tmp_path, longer, model)(resume=True)
+    trainer(tmp_path / "new", longer, expected)()
+    same(weights(model), weights(expected))
+
+
+CHANGED = {  # what a run may differ in, and what the complaint says of it
+    "items": (dict(sft=dict(train_dataset=ITEMS[1:])), "train_dataset"),
+    "token order": (dict(sft=dict(train_dataset=[(ITEMS[0][0].flip(0), ITEMS[0][1]), *ITEMS[1:]])),
+                    "train_dataset"),
+    "a prompt length": (dict(sft=dict(train_dataset=[(ITEMS[0][0], 1), *ITEMS[1:]])), "train_dataset"),
+    "order": (dict(sft=dict(train_dataset=ITEMS[::-1])), "train_dataset"),
+    "prompts": (dict(dpo=dict(prompt_dataset=["b", *WORDS[1:]])), "prompt_dataset"),
+    "replay": (dict(dpo=dict(replay_dataset=ITEMS[:3])), "replay_dataset"),
+    "chat template": (dict(chat_template="f{{ prompt }}h"), "f{{ prompt }}h"),
+    "eos_id": (dict(eos_id=7), "eos_id"),
+    "no eos_id": (dict(eos_id=None), "eos_id"),
+    "judge prompt": (dict(self_reward_prompt_config=dataclasses.replace(
+        JUDGE, prompt_template="{{ prompt }}b{{ response }}")), "judge"),
+    "judge range": (dict(self_reward_prompt_config=dataclasses.replace(JUDGE, reward_range=(0, 9))), "judge"),
+    "seed": (dict(seed=5), "seed"),
+    "learning rate": (dict(sft=dict(learning_rate=0.5)), "learning_rate")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    trainer(folder, [stage("sft"), stage("self-reward", replay_dataset=ITEMS)])()
+    return folder
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_resume_with_other_data_templates_or_judges_is_refused(change, finished):
+    """It names the first difference, trains nothing and changes no file."""
+    new, word = CHANGED[change]
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    stages = [stage("sft", **new.get("sft", {})),
+              stage("self-reward", **{"replay_dataset": ITEMS, **new.get("dpo", {})})]
+    others = {key: value for key, value in new.items() if key not in ("sft", "dpo")}
+    with mock.patch.object(srlm, "fit", interrupt), pytest.raises(ValueError) as error:
+        trainer(finished, stages, **others)(resume=True)
+    assert word in str(error.value) and ".pt" in str(error.value)
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+
+def test_a_resume_with_equal_data_in_another_form_is_taken(finished):
+    stages = [stage("sft", train_dataset=Listed([(ids.tolist(), n) for ids, n in ITEMS])),
+              stage("self-reward", replay_dataset=tuple(ITEMS), prompt_dataset=tuple(WORDS))]
+    model = Tiny()
+    with mock.patch.object(srlm, "fit", interrupt):
+        assert len(trainer(finished, stages, model)(resume=True)) == 2
+    same(weights(model), srlm.load_checkpoint(finished / "1.self-reward.pt")["model"])
+
+
+def raises(model):
+    raise RuntimeError("no")
+
+
+@pytest.mark.parametrize("evaluate", [
+    raises, interrupt, lambda model: None, lambda model: 7, lambda model: {"x": {1}},
+    lambda model: {"x": object()}, lambda model: {(1, 2): 3}],
+    ids="raises interrupt None number set object key".split())
+@pytest.mark.parametrize("at", [0, 1])
+def test_an_evaluation_that_fails_loses_nothing(evaluate, at, tmp_path):
+    """The finished stage is on disk; the resumed run evaluates it, and trains it no second time."""
+    stages = [stage("sft"), stage("spin")]
+    good = lambda model: {"size": float(model.embedding.weight.sum())}
+    undisturbed, model = Tiny(), Tiny()
+    expected = timeless(trainer(tmp_path / "new", stages, undisturbed, evaluate=good)())
+    calls = itertools.count()
+    with pytest.raises((Exception, Interrupted)):
+        trainer(tmp_path / "run", stages, evaluate=lambda m: (evaluate if next(calls) == at else good)(m))()
+    assert sorted(os.listdir(tmp_path / "run")) == ["0.sft.pt", "1.spin.pt"][: at + 1]
+    fits, fit, reports = [], srlm.fit, []
+    with mock.patch.object(srlm, "fit", lambda *a, **k: fits.append(1) or fit(*a, **k)):
+        found = trainer(tmp_path / "run", stages, model, evaluate=good, report=reports.append)(resume=True)
+    assert timeless(found) == timeless(reports) == expected and len(fits) == 1 - at
+    same(weights(model), weights(undisturbed))
+    assert timeless(srlm.load_checkpoint(tmp_path / "run" / "1.spin.pt")["records"]) == expected
+
+
+def test_what_is_no_json_is_quoted_with_its_stage(tmp_path):
+    with pytest.raises(ValueError, match=r"stage 0 \(sft\).*\{1\}.*JSON"):
+        trainer(tmp_path, [stage("sft")], evaluate=lambda model: {"x": {1}})()
+
+
+# ================================================================================================
+# Your own data (8, 11, 25)
+# ================================================================================================
+
+HELD_OUT = lambda prompt: zlib.crc32(prompt.encode()) % 10 == 0
+SAY = [f"say {i}" for i in range(60)]  # seven of them are held out
+
+
+def own_files(folder, **files):
+    """Options of a run on own data; files: rows, or scores of the judged ones."""
+    paths = {}
+    for name, rows in files.items():
+        paths[name] = str(Path(folder) / f"{name}.jsonl")
+        Path(paths[name]).write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return paths
+
+
+def own_data(**files):
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        own = {name: files.pop(name) for name in ("sft", "judged", "prompts") if name in files}
+        return srlm.OwnData(srlm.Options(stages="sft", **own_files(folder, **own), **files))
+
+
+DEMONSTRATIONS = [{"prompt": prompt, "response": "yes"} for prompt in SAY]
+
+
+@given(st.lists(st.one_of(st.floats(0, 5), st.integers(0, 5), st.floats(-12, 0).map(lambda x: 10**x)),
+                min_size=1, max_size=20))
+@example([1e-5, 1e-4, 9e-5, 1.5e-7, 5, 0, 4.5])
+def test_judged_scores_come_back_from_their_verdicts(scores):
+    """From the file, through the text that the model learns to write, to what is read from its reply."""
+    learned = [prompt for prompt in SAY if not HELD_OUT(prompt)]
+    judged = [{"prompt": prompt, "response": "no", "score": s} for prompt, s in zip(learned, scores)]
+    world = own_data(sft=DEMONSTRATIONS, judged=judged, max_seq_len=2000)
+    verdicts = [verdict for _, _, verdict in world.judgements(9, None, False)]
+    found = [world.JUDGE.parse(verdict) for verdict in verdicts]
+    assert len(found) == len(scores)
+    close(found, scores, 1e-12)
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=5).filter(str.strip), max_size=20),
+       st.lists(st.sampled_from(SAY), max_size=20), st.lists(st.sampled_from(SAY), max_size=20))
+@settings(max_examples=15)
+def test_what_is_measured_was_in_no_file_trained_on(others, judged, prompts):
+    """Held out is a prompt, wherever it stands, with all its answers; and nothing else is lost."""
+    rows = dict(sft=[*DEMONSTRATIONS, *({"prompt": p, "response": "r"} for p in others)],
+                judged=[{"prompt": p, "response": "r", "score": 2} for p in [*judged, "say 1", *SAY[::9]]],
+                prompts=[{"prompt": p} for p in [*prompts, *others, "say 1"]])
+    assert not HELD_OUT("say 1")
+    world = own_data(**rows, eval_prompts=100)
+    trained = [*world.demonstrations(9), *world.judgements(9, None, False)]
+    learned = {row[0] for row in trained} | set(world.prompts(10**6, "stage 2"))
+    measured = {*world.eval_prompts, *(row[0] for row in [*world.held_out, *world.to_judge(None)])}
+    assert all(map(HELD_OUT, measured)) and not any(map(HELD_OUT, learned))
+    assert len(world.pairs) + len(world.held_out) == len(rows["sft"])
+    assert len(world.judged) + len(world.held_out_judged) == len(rows["judged"])
+    asked = {row["prompt"] for row in rows["prompts"]}
+    assert set(world.prompts(10**6, "x")) == {prompt for prompt in asked if not HELD_OUT(prompt)}
+
+
+def test_the_seed_and_the_purpose_reach_the_draws_of_own_prompts():
+    data = dict(sft=DEMONSTRATIONS, stage_prompts=20)
+    zero, again, one = (own_data(**data, seed=seed) for seed in (0, 0, 1))
+    assert zero.prompts(20, "stage 2") == again.prompts(20, "stage 2")
+    assert set(zero.prompts(20, "stage 2")) != set(one.prompts(20, "stage 2"))
+    assert set(zero.prompts(20, "stage 2")) != set(zero.prompts(20, "stage 3"))
+    drawn = set().union(*(zero.prompts(20, f"stage {i}") for i in range(30)))
+    assert drawn == set(zero.own_prompts)  # none is lost for good
+
+
+def test_prompts_that_a_stage_leaves_out_are_counted(tmp_path):
+    paths = own_files(tmp_path, sft=DEMONSTRATIONS)
+    learned = sum(not HELD_OUT(prompt) for prompt in SAY)
+    with pytest.warns(UserWarning, match=rf"20\b.*\b{learned}\b"):
+        srlm.OwnData(srlm.Options(stages="sft", stage_prompts=20, **paths))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        srlm.OwnData(srlm.Options(stages="sft", stage_prompts=learned, **paths))
+
+
+def complaint_after_warnings(capsys, *argv):
+    """The last line on standard error; those before it are warnings."""
+    with pytest.raises(SystemExit) as end:
+        srlm.main([str(word) for word in argv])
+    *before, error = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and all(line.startswith("warning: ") for line in before)
+    return error
+
+
+@pytest.mark.parametrize("flag, row", [
+    ("judged", dict(response="r", score=1)), ("prompts", {}), ("sft", dict(response="r"))])
+def test_a_file_of_which_nothing_is_left_is_one_line_with_the_counts(flag, row, tmp_path, capsys):
+    """Nothing after holding out, and nothing after skipping what is too long."""
+    held_out = [{"prompt": prompt, **row} for prompt in SAY if HELD_OUT(prompt)]
+    too_long = [{"prompt": "p" * 500 + prompt, **row} for prompt in SAY[:5]]
+    for rows in (held_out, too_long):
+        paths = own_files(tmp_path, **{"sft": DEMONSTRATIONS, flag: rows})
+        argv = [word for name, path in paths.items() for word in (f"--{name}", path)]
+        found = complaint_after_warnings(capsys, *argv, "--stages", "sft", "--skip-long",
+                                         "--checkpoints", tmp_path / "run")
+        assert f"--{flag}" in found and f"{flag}.jsonl" in found and re.search(rf"\b{len(rows)}\b", found)
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flag", ["sft", "judged", "prompts"])
+def test_a_resume_after_a_file_has_changed_is_refused(flag, tmp_path, capsys):
+    """Under the same path, by one character."""
+    files = dict(sft=DEMONSTRATIONS, judged=[{**row, "score": 2} for row in DEMONSTRATIONS],
+                 prompts=[{"prompt": prompt} for prompt in SAY])
+    paths = own_files(tmp_path, **files)
+    argv = [*SMALL, "--stages", "sft", "--checkpoints", str(tmp_path / "run"), "--stage-prompts", "99"]
+    argv += [word for name, path in paths.items() for word in (f"--{name}", path)]
+    srlm.main(argv)
+    assert len(srlm.main([*argv, "--resume"])) == 3
+    text = Path(paths[flag]).read_text()
+    Path(paths[flag]).write_text(text.replace("say 1", "say !", 1))
+    capsys.readouterr()
+    assert flag in refused(capsys, *argv, "--resume")
+
+
+# ================================================================================================
+# The command line (18, 20 to 22, 25) and the judge (26)
+# ================================================================================================
+
+
+def children(code, *environments):
+    """What each of several Python processes, which run at once, prints."""
+    keep = dict(os.environ)
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "PYTHONHASHSEED"):
+        keep.pop(name, None)
+    keep["PYTHONPATH"] = str(Path(SCRIPT).parent)
+    started = [subprocess.Popen([sys.executable, "-c", code], env=keep | more, text=True,
+                                stdout=subprocess.PIPE) for more in environments]
+    return [process.communicate(timeout=60)[0] for process in started]
+
+
+def test_which_complaint_a_template_gets_does_not_depend_on_the_hash_seed():
+    code = """if True:
+        import srlm
+        right = "{{ prompt }} {{ response }}"
+        for prompt, reward in (("x", "{{ reward }}"),
+                               ("{{ prompt }} {{ a }} {{ b }} {{ c }} {{ d }}", "{{ reward }}"),
+                               (right + "{{ x }} {{ y }} {{ z }} {{ w }}", "{{ reward }}"),
+                               (right, "{{ p }} {{ q }} {{ reward }} {{ r }} {{ s }}")):
+            try:
+                srlm.RewardConfig(prompt, reward)
+            except ValueError as error:
+                print(error)
+    """
+    one, two = children(code, {"PYTHONHASHSEED": "1"}, {"PYTHONHASHSEED": "2"})
+    assert one == two and len(one.splitlines()) == 4
+
+
+def test_idle_threads_sleep_unless_the_user_wants_them_to_spin():
+    """The variable is set before torch is imported, which reads it once."""
+    code = """if True:
+        import os, sys
+        class Finder:
+            def find_spec(name, *_):
+                if name == "torch":
+                    print(os.environ.get("OMP_WAIT_POLICY"))
+                    sys.exit()
+        sys.meta_path.insert(0, Finder)
+        import srlm
+    """
+    assert children(code, {}, {"OMP_WAIT_POLICY": "ACTIVE"}) == ["PASSIVE\n", "ACTIVE\n"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A model of the built-in kind that has hardly learned anything."""
+    folder = tmp_path_factory.mktemp("model")
+    model = srlm.Transformer(srlm.ModelConfig(dim=8, depth=1), generator(0))
+    stages = [srlm.SFTConfig(train_dataset=[srlm.TextFormat().item("a", "b")], steps=1)]
+    srlm.SelfRewardingTrainer(model, stages, checkpoints_folder=folder)()
+    return str(folder / "0.sft.pt")
+
+
+def test_a_closed_pipe_does_not_end_a_run(tmp_path, monkeypatch):
+    """As of `| head -1`: all the work is done, and the last line says so nowhere."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        lines = srlm.main([*SMALL, "--stages", "sft,spin", "--checkpoints", str(tmp_path)])
+    assert len(lines) == 4 and len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+    assert (tmp_path / "2.spin.pt").exists()
+
+
+def test_a_closed_pipe_is_exit_code_0_and_no_message(checkpoint):
+    """Bytes that are no UTF-8 and an ASCII terminal are none either."""
+    run = lambda stdout, **more: subprocess.Popen(
+        [sys.executable, SCRIPT, "ask", checkpoint, b"sort \xff\xc3\xa9"], stdout=stdout,
+        stderr=subprocess.PIPE, env=os.environ | more)
+    reader, writer = os.pipe()
+    os.close(reader)
+    closed, narrow = run(writer), run(subprocess.PIPE, PYTHONIOENCODING="ascii")
+    os.close(writer)
+    assert closed.communicate(timeout=60)[1] == b"" and closed.returncode == 0
+    out, error = narrow.communicate(timeout=60)
+    assert narrow.returncode == 0 and error == b"" and out.isascii() and out.startswith(b"answer")
+
+
+@pytest.mark.parametrize("answer", ["Sure: abcd.", "caf\u00e9 \u201cx\u201d \U0001f600", "\ufffd\ud800"])
+@pytest.mark.parametrize("prompt", ["sort dbca", "sort \ud800\udcff", "\u201c"])
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_no_character_ends_an_answer_in_a_traceback(answer, prompt, encoding, checkpoint, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    respond = srlm.respond
+    monkeypatch.setattr(srlm, "respond", lambda *a, **k: respond(*a, **k) and [answer])
+    srlm.main(["ask", checkpoint, prompt])
+    said = stream.buffer.getvalue().decode(encoding)
+    assert said.startswith("answer") and "own score" in said
+    assert ("true score" in said) == (prompt == "sort dbca")
+
+
+def test_an_error_about_a_lone_surrogate_is_one_line(capsys, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stderr", stream)
+    with pytest.raises(SystemExit) as end:
+        srlm.main(["ask", "nothing-\ud800-\u00e9.pt", "sort ab"])
+    stream.flush()
+    said = stream.buffer.getvalue().decode("ascii")
+    assert end.value.code == 2 and len(said.splitlines()) == 1 and "nothing-" in said
+
+
+def test_an_instruction_counts_once_however_often_it_is_named(capsys):
+    once, twice = srlm.LetterWorld(["sort"]), srlm.LetterWorld(["sort", "sort"])
+    assert once.prompts(99, "x") == twice.prompts(99, "x")
+    with within(10), pytest.raises(ValueError, match=r"30000.*28360"):
+        twice.demonstrations(30_000)
+    with within(10):
+        found = refused(capsys, "--instructions", "sort,sort", "--demonstrations", 30_000)
+    assert "30000" in found and "28360" in found
+
+
+def test_a_world_gives_all_its_prompts_and_no_more():
+    class Small(srlm.LetterWorld):
+        letters, sizes = "abc", (2,)
+
+    with within(10):
+        world = Small(["copy", "sort", "copy"], n_eval=4)
+        assert len({*world.prompts(8, "x"), *world.eval_prompts}) == 12
+        with pytest.raises(ValueError, match=r"\b9\b.*\b8\b"):
+            world.prompts(9, "x")
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--seed", 2**64], [str(2**64)]), (["--seed", -1], ["seed", "-1"]), (["--seed", 10**40], [str(10**40)]),
+    (["--device", "nowhere"], ["nowhere"]), (["--device", ""], ["--device"]), (["--device", "mps"], ["mps"]),
+    (["--device", "cuda:99"], ["cuda:99"]), (["--device", "xla"], ["xla"])], ids=str)
+def test_a_number_or_device_that_cannot_be_used_is_one_line(argv, words, capsys, tmp_path):
+    found = refused(capsys, *SMALL, *argv, "--checkpoints", tmp_path / "run")
+    assert all(word in found for word in words) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("seed", [0, 2**32, 2**63, 2**64 - 1])
+def test_every_seed_below_2_to_the_64_can_be_used(seed, tmp_path, capsys):
+    lines = srlm.main([*SMALL, "--stages", "sft", "--seed", str(seed), "--checkpoints", str(tmp_path)])
+    assert len(lines) == 3
+
+
+def test_ctrl_c_in_ask_gives_no_advice_about_stages(checkpoint, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(srlm, "respond", interrupt)
+    for argv, has_advice in ((["ask", checkpoint, "sort ab"], False),
+                             ([*SMALL, "--checkpoints", str(tmp_path)], True)):
+        with pytest.raises(SystemExit) as end:
+            srlm.main(argv)
+        error = capsys.readouterr().err.strip()
+        assert end.value.code == 130 and error.startswith("stopped") and ("--resume" in error) == has_advice
+
+
+def test_the_judge_practises_on_answers_that_imitate_its_own_format():
+    """Among 3,000 made-up answers at least 100 go on after a newline with a judge prompt, a perfect answer
+    or a verdict, and they score low. How well a judge learns from them takes a full run to measure, and
+    is not measured here."""
+    world = srlm.LetterWorld(n_eval=5)
+    rng = world.rng("make up")
+    rows = [(prompt, world.make_up(prompt, rng)) for prompt in world.prompts(3000, "judgements")]
+    kinds = {"question": r"\n\? ", "perfect": r"\nSure: [a-h]{4,}", "verdict": r"\n[01]{5} = \d"}
+    for name, pattern in kinds.items():
+        attacks = [(prompt, answer) for prompt, answer in rows if re.search(pattern, answer)]
+        assert len(attacks) >= 100, name
+        assert np.mean([world.score(*row) for row in attacks]) < 3
+    tidy = world.judgements(300, None, tidy=True)
+    assert not any("\n" in answer for _, answer, _ in tidy)
+
+
+
+
+def own_run(folder, *argv, **files):
+    """A run on own data: its lines, or None if it was refused before any work."""
+    paths, run = own_files(folder, **files), Path(folder) / "run"
+    words = [word for name, path in paths.items() for word in (f"--{name}", path)]
+    try:
+        return srlm.main([*SMALL, "--stages", "sft", *words, *argv, "--checkpoints", str(run)])
+    except SystemExit:
+        assert not run.exists(), "refused after M0 or M1 was trained"
+
+
+def test_a_judged_file_without_a_held_out_prompt_is_refused_at_once_or_taken(tmp_path):
+    """Three in ten files of twelve prompts are such files."""
+    own_run(tmp_path, sft=DEMONSTRATIONS, judged=[{"prompt": "say 1", "response": "r", "score": 2}])
+
+
+@pytest.mark.parametrize("score", [8 / 3, 1e-30])
+def test_a_score_of_many_digits_is_refused_at_once_or_taken(score, tmp_path):
+    """Where the judge prompt just fits, its verdict must fit too."""
+    row = {"prompt": "say 1", "response": "r" * 43, "score": score}
+    own_run(tmp_path, "--max-seq-len", "64", sft=DEMONSTRATIONS, judged=[row] + [
+        {"prompt": prompt, "response": "r", "score": 2} for prompt in SAY])
+
+
+@pytest.mark.parametrize("reply", ["**Score**: 4", "`Score`: 4", "*Score*:4"])
+def test_emphasis_may_end_before_the_colon(reply):
+    assert srlm.DEFAULT_REWARD_CONFIG.parse(reply) == 4
+
+
+@pytest.mark.parametrize("bad", [
+    "abc", 7, None, dict(prompt="a", chosen="b", rejected="c"),
+    srlm.PreferencePair(*torch.tensor([[1], [9], [2]])), srlm.PreferencePair(*torch.tensor([[1], [-1], [2]])),
+    srlm.PreferencePair(*torch.tensor([[1], [1.5], [2]]))], ids=str)
+def test_the_first_entry_that_is_no_pair_is_named(bad):
+    """A string of three characters is three texts, of one letter each, in silence."""
+    assert re.search(r"pair_dataset.*\b7\b", complaint(lambda: stage("dpo", pair_dataset=[*PAIRS, bad])))
+
+
+@pytest.mark.parametrize("prompt_len", [None, "x", 1.5, [1], NAN, torch.tensor([1, 2])], ids=str)
+def test_a_prompt_length_that_is_no_integer_is_named(prompt_len):
+    bad = (ITEMS[0][0], prompt_len)
+    assert re.search(r"train_dataset.*\b7\b", complaint(lambda: stage("sft", train_dataset=[*ITEMS, bad])))
+
+
+def test_a_resume_with_another_judge_of_a_stage_is_refused(tmp_path):
+    """reward_config of a stage, as self_reward_prompt_config of the trainer."""
+    trainer(tmp_path, [stage("self-reward", reward_config=JUDGE)])()
+    other = dataclasses.replace(JUDGE, prompt_template="{{ prompt }}b{{ response }}")
+    with pytest.raises(ValueError, match="reward_config"):
+        trainer(tmp_path, [stage("self-reward", reward_config=other)])(resume=True)
+
+
+@pytest.mark.parametrize("picked", [3, (0, 1, 2), ("a", "b"), (0.5, 1)], ids=str)
+def test_what_is_no_pick_at_all_is_quoted(picked):
+    with pytest.raises(ValueError, match="pick.*" + re.escape(str(picked))):
+        srlm.generate_preferences(Tiny(), WORDS, lambda p, r: range(len(r)), n_candidates=4,
+                                  pick_pair=lambda rewards: picked, text=TEXT, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("device", ["hpu", "privateuseone"])
+def test_a_device_whose_module_is_missing_is_one_line(device, capsys):
+    assert device in refused(capsys, "--device", device)
+
+
+def test_an_interrupted_overwrite_leaves_no_metrics_of_the_old_run(tmp_path):
+    argv = [*SMALL, "--stages", "sft", "--checkpoints", str(tmp_path)]
+    srlm.main(argv)
+    with mock.patch.object(srlm, "fit", interrupt), pytest.raises(SystemExit):
+        srlm.main([*argv, "--overwrite", "--seed", "1"])
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_held_out_loss_is_cut_by_tokens(tmp_path):
+    """Held-out demonstrations are one in ten of a file of any size."""
+    shapes, forward = [], srlm.Transformer.forward
+
+    def watched(model, ids):
+        shapes.append(ids.shape) if not torch.is_grad_enabled() else None
+        return forward(model, ids)
+
+    with mock.patch.object(srlm.Transformer, "forward", watched):
+        own_run(tmp_path, sft=[{"prompt": f"say {i}", "response": "r" * 150} for i in range(600)])
+    assert max(rows * length for rows, length in shapes) <= 4096
 
 
 if __name__ == "__main__":  # under torchrun
