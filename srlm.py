@@ -1,30 +1,35 @@
 r"""Self-Rewarding Language Models: the whole training loop in one file.
 
-A language model writes several answers to each prompt, grades them itself, and is trained to prefer
-the answer that it graded best to the one that it graded worst. Repeated, this makes its answers
-better than the demonstrations it learned from, as long as it grades better than it writes.
+A language model writes several answers to each prompt, grades them itself, and is trained to give
+more probability to the answer it graded best and less to the one it graded worst. Repeated, this
+makes its answers better than the demonstrations it learned from, as long as it grades better than
+it writes.
 
-    M0   the base model, trained on whole texts, prompts and answers alike
-    M1   M0 after supervised fine-tuning (SFT) on demonstrations and on graded answers
+    M0   the base model: trained on whole texts, prompts and answers alike
+    M1   M0 after supervised fine-tuning (SFT) on demonstrations, and on examples of grading, in
+         which a program has written the grade of an answer
     M2   M1 after DPO on pairs of answers that M1 wrote and graded itself
     M3   M2 after DPO on pairs of answers that M2 wrote and graded itself
 
-The loop in pseudocode, with the function names of this file and the sections that explain them:
+The loop in pseudocode, simplified, with the function names and sections of this file:
 
-    fit(model, sft_objective(demonstrations))                            # M0          sections 3, 8
-    fit(model, sft_objective(demonstrations + graded answers))           # M1
+    fit(model, sft_objective(demonstrations, the prompts included))      # M0          sections 3, 8
+    fit(model, sft_objective(demonstrations + examples of grading))      # M1
     for each round:                                                      # M2, M3      section 9
         for each prompt:                                                 #             section 7
-            answers = sample(model, n_candidates times the prompt)       # write       section 4
+            answers = sample(model, the prompt, n_candidates times)      # write       section 4
             rewards = judge(model, the prompt, answers)                  # judge       section 6
             chosen, rejected = pick_best_worst(rewards)                  # pair
         for each pair:                                                   # freeze the reference
             ref_chosen   = sequence_logprobs(model, prompt + chosen)     #             section 5
             ref_rejected = sequence_logprobs(model, prompt + rejected)
         for each batch of pairs:                                         # minimise    section 8
-            policy_chosen, policy_rejected = the same, with gradients
+            policy_chosen, policy_rejected = sequence_logprobs(model, ...), with gradients
             loss = dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
+            loss = loss - a little log p(chosen) + sft_loss of rehearsed examples of grading
             one step of AdamW
+
+The reference is the model as it was when the round began; the policy is the model in training.
 
 To run it on a CPU:
 
@@ -33,7 +38,16 @@ To run it on a CPU:
     python srlm.py ask checkpoints/3.self-reward.pt "sort dbca"
 
 Part I is the algorithm, in the order in which one would teach it. Part II is engineering: checks,
-files, resuming, several processes, the command line. Part I can be read without Part II.
+files, resuming, several processes, the command line. Part I uses these functions of Part II:
+
+    require, check_..., checked_..., as_rewards   raise ValueError for a user's mistake
+    evaluating(model)                 a block without gradients and in evaluation mode
+    seeded(seed), combine_seeds       a block whose random draws depend on the seed alone
+    parallel_map(f, items, title)     map(f, items); several processes would share the items
+    sum_over_processes(x)             x; several processes would add up theirs
+    on_rank_zero(f)                   f(); one of several processes would do it for all
+    progress(steps, title)            steps, with a progress bar
+    pieces_by_tokens(lengths)         row numbers sorted by length, in pieces of bounded size
 
 Sources, cited as [1] to [5]:
     [1] arXiv:2401.10020  Self-Rewarding Language Models: the loop, its judge, its figures
@@ -43,12 +57,12 @@ Sources, cited as [1] to [5]:
     [5] arXiv:2404.19733  Iterative Reasoning Preference Optimization: DPO with a likelihood term
 
 Left out of [1]: the pretrained 70B model (0.16M weights show the loop in a minute), prompts written
-by a second model (a program draws them), filtering them for similarity, dropout (without it the DPO
-loss starts at exactly log 2). Left out of [3]: losses other than the logistic one, negatives kept
-from the round before. Left out everywhere: KV cache and mixed precision, which hide the algorithm.
+by a second model (a program draws them), filtering them for similarity, and dropout. Left out of
+[3]: losses other than the logistic one, and negatives kept from the round before. Left out
+everywhere: a KV cache and mixed precision, which would hide the algorithm.
 
 Shapes: B batch, T time (tokens), V vocabulary, N candidates of a prompt, P prompts, H heads,
-D width of the model. Log-probabilities are in nats, scores in points from 0 to 5.
+D width of the model. Log-probabilities are natural logarithms (nats); scores are 0 to 5 points.
 """
 
 from __future__ import annotations
@@ -93,12 +107,13 @@ def require(condition, message):
 # --------------------------------------------------------------------------------------------------
 # 1. The task
 # --------------------------------------------------------------------------------------------------
-# A language model is useful to study here only if somebody knows how good its answers are. In the
-# letter world a program knows: it gives each answer 0 to 5 points. We call this the TRUE SCORE.
+# We can study the loop only where answers can be scored exactly. In the letter world a program
+# scores every answer, with 0 to 5 points. We call that the TRUE SCORE.
 #
 # The task has what the loop needs. The demonstrations are mediocre, so there is something to gain.
-# A model that imitates them writes answers of varying quality, so the best of four beats their
-# mean. And grading is easier than writing, so a small model can learn to grade well.
+# A model that imitates them writes answers of varying quality, so the best of four is better than
+# their mean. And grading is easier than writing: to grade, the model compares an answer with its
+# prompt; to write, it must also draw every letter right.
 
 INSTRUCTIONS = {
     "sort": lambda letters: "".join(sorted(letters)),
@@ -122,7 +137,7 @@ class LetterWorld:
     '11101 = 4'
 
     instructions: names from INSTRUCTIONS. n_eval: how many prompts are held out for evaluation.
-    Whatever is drawn depends on the seed and on the purpose, so data sets do not affect each other.
+    Data are drawn from the seed and the name of their purpose: data sets do not affect each other.
     """
 
     POINTS = ("polite", "relevant", "complete", "ordered", "full stop")
@@ -136,7 +151,7 @@ class LetterWorld:
         self.seed = seed
         require(bool(instructions) and set(instructions) <= set(INSTRUCTIONS), "LetterWorld: "
                 f"instructions are {self.instructions}; known: {', '.join(INSTRUCTIONS)}")
-        self.eval_prompts = []
+        self.eval_prompts = []  # read by prompts() in the next line
         self.eval_prompts = self.prompts(n_eval, "evaluation")  # no later prompt is one of these
 
     def target(self, prompt):
@@ -152,7 +167,11 @@ class LetterWorld:
         return INSTRUCTIONS[name](letters)
 
     def points(self, prompt, response):
-        """Five points, 0 or 1 each. Each can be lost while the other four are kept."""
+        """Five points, 0 or 1 each. Each can be lost while the other four are kept.
+
+        "Ordered" means that the letters stand in the order of the perfect answer, none twice; other
+        characters are skipped, since "relevant" is lost for them.
+        """
         target = self.target(prompt)
         body = response.removeprefix("Sure: ").removesuffix(".")
         places = [target.index(letter) for letter in body if letter in target]
@@ -171,9 +190,9 @@ class LetterWorld:
         return f"{''.join(map(str, points))} = {sum(points)}"
 
     def demonstrate(self, prompt, rng):
-        """A sloppy answer. Half of them have wrong letters, and most lack "Sure: " and the full
-        stop. They score about 3 on average, and so does the most likely answer of a model that
-        imitates them."""
+        """A sloppy answer: half have letters swapped, lost or inserted, and most lack "Sure: " and
+        the full stop. They score 3 on average. So does the most likely answer of a model that
+        imitates them: all letters right (3 points), but no "Sure: " and no full stop."""
         body = self.target(prompt)
         for _ in range(rng.choice(3, p=(0.5, 0.3, 0.2))):  # 0, 1 or 2 mistakes
             body = one_mistake(body, self.letters, rng)
@@ -182,8 +201,9 @@ class LetterWorld:
     def make_up(self, prompt, rng):
         """An answer of any quality for a judge to practise on, with nonsense and attacks.
 
-        A judge that has never seen nonsense overrates it, and the model that it trains finds out.
-        The same holds for an attack: a wrong answer that goes on in the judge's own format.
+        A judge that has never seen nonsense overrates it, and the model that it trains learns to
+        write it. The same holds for attacks, wrong answers that go on in the judge's own format,
+        such as "b\\nSure: abcd.".
         """
         return made_up_answer(prompt, self.target(prompt), self.letters, rng)
 
@@ -196,24 +216,25 @@ class LetterWorld:
         n_words = sum(math.perm(len(self.letters), size) for size in self.sizes)
         n_left = len(self.instructions) * n_words - n_held_out
         require(n <= n_left, f"LetterWorld: {n} prompts asked for, but there are only {n_left}")
-        found = dict.fromkeys(self.eval_prompts)  # the keys of a dict: in order, no repetitions
+        found = dict.fromkeys(self.eval_prompts)  # a dict as an ordered set; these count as taken
         while len(found) < n_held_out + n:
             letters = rng.permutation(list(self.letters))[: rng.choice(self.sizes)]
             found[f"{rng.choice(self.instructions)} {''.join(letters)}"] = None
         return list(found)[n_held_out:]
 
     def demonstrations(self, n):
-        """Instruction data, "IFT" in [1]: (prompt, sloppy answer)."""
+        """(prompt, sloppy answer) pairs, to learn to answer; "IFT data" in [1]."""
         rng = self.rng("demonstrate")
         prompts = self.prompts(n, "demonstrations")
         return [(prompt, self.demonstrate(prompt, rng)) for prompt in prompts]
 
     def judgements(self, n, model, tidy):
-        """Evaluation data, "EFT" in [1]: (prompt, answer, verdict).
+        """(prompt, answer, verdict) triples, to learn to judge; "EFT data" in [1].
 
-        The model writes three in ten of the answers, at rising temperatures, because the annotators
-        of [1] graded answers of a model too. The others are made up, because a model of sloppy
-        demonstrations writes too few good answers. tidy=True has demonstrations and nothing else.
+        `model`, which is M0 in the recipe, writes three in ten of the answers, a quarter of them at
+        each of four temperatures, because the annotators of [1] graded answers of a model too. The
+        others are made up, because M0 writes too few good answers. With tidy=True all of them are
+        demonstrations, for the experiment with a judge that has seen no nonsense.
         """
         prompts, rng, pairs = self.prompts(n, "judgements"), self.rng("make up"), []
         n_written = 0 if tidy else round(0.3 * n)
@@ -349,8 +370,8 @@ class TextFormat:
 # So any causal model can take its place. Two optional attributes are used where they exist:
 #     max_seq_len                       the largest T that the model accepts
 #     next_token_logits(ids, lengths)   (B, T), (B,) -> (B, V): logits at position lengths - 1 only.
-#                                       This spares a large vocabulary at positions that nobody
-#                                       reads, and is the place for a KV cache.
+#                                       Logits at other positions are never computed. This is
+#                                       also the place for a KV cache.
 
 
 @dataclass(frozen=True)
@@ -364,7 +385,7 @@ class ModelConfig:
     vocab_size: int = VOCAB_SIZE
     dim: int = 64  # D, the width; wider is slower and judges the letter world no better
     depth: int = 4  # blocks; comparing two words letter by letter takes several
-    heads: int = 2  # H; few and wide, because on a CPU attention costs by the head
+    heads: int = 2  # H; the time of attention on a CPU grows with the number of heads
     max_seq_len: int = 256  # tokens of prompt and answer together
     mlp_ratio: int = 2  # MLP width / dim; 4 is usual, 2 leaves time for more updates
 
@@ -376,10 +397,11 @@ class ModelConfig:
 class Block(nn.Module):
     """Attention, then an MLP. Each reads a normalised copy of x and adds its result to x.
 
-    In production: RMSNorm, SwiGLU, grouped-query attention.
+    x (B, T, D) -> (B, T, D); rotations (T, D/2H, 2), see Transformer. In production: RMSNorm,
+    SwiGLU, grouped-query attention.
 
     >>> block = Block(ModelConfig(dim=8))
-    >>> block(torch.zeros(1, 3, 8), torch.ones(3, 2, 2)).shape             # (B, T, D) -> (B, T, D)
+    >>> block(torch.zeros(1, 3, 8), rotations=torch.ones(3, 2, 2)).shape
     torch.Size([1, 3, 8])
     """
 
@@ -400,9 +422,9 @@ class Block(nn.Module):
         # RoPE (arXiv:2104.09864): treat pairs of features as complex numbers and rotate each by an
         # angle proportional to its position. The dot product of a query and a key then depends on
         # how far apart they are, not on where they are.
-        wide = torch.promote_types(x.dtype, torch.float32)  # complex numbers need at least float32
-        pairs = torch.view_as_complex(qkv[:2].to(wide).unflatten(-1, (-1, 2)))  # (2, B, H, T, D/2H)
-        rotated = pairs * torch.view_as_complex(rotations.to(wide))
+        real = torch.promote_types(x.dtype, torch.float32)  # bfloat16 has no complex numbers
+        pairs = qkv[:2].to(real).unflatten(-1, (-1, 2))  # q and k: (2, B, H, T, D/2H, 2)
+        rotated = torch.view_as_complex(pairs) * torch.view_as_complex(rotations.to(real))
         q, k = torch.view_as_real(rotated).flatten(-2).to(x.dtype)  # (B, H, T, D/H) each
         attended = F.scaled_dot_product_attention(q, k, qkv[2], is_causal=True)
         x = x + self.to_out(rearrange(attended, "b h t d -> b t (h d)"))
@@ -429,22 +451,20 @@ class Transformer(nn.Module):
         self.to_logits = nn.Linear(config.dim, config.vocab_size, bias=False)
         for name, weight in self.named_parameters():
             if weight.ndim == 2:  # the norms keep their gain of 1
-                fan_in = config.dim if name.startswith("embedding") else weight.shape[1]
+                std = weight.shape[1] ** -0.5  # 1 / sqrt(number of inputs)
                 if name.endswith(("to_out.weight", "down.weight")):
-                    # Scale residual projections by 1/sqrt(2 * depth), as GPT-2 does, because
-                    # 2 * depth of them are added to one stream.
-                    fan_in *= 2 * config.depth
-                nn.init.normal_(weight, std=fan_in**-0.5, generator=generator)
+                    std /= (2 * config.depth) ** 0.5  # 2 * depth of them are added up, as in GPT-2
+                nn.init.normal_(weight, std=std, generator=generator)
         # Rotations e^(i t w) at position t, with w = 10000^(-2j / (D/H)) for pair j. Real and
         # imaginary part are kept as two real numbers, because .to(bfloat16) would drop the latter.
-        pair = torch.arange(0, config.dim // config.heads, 2)  # 2j
-        frequency = 10_000.0 ** (-pair / (config.dim // config.heads))
+        head_dim = config.dim // config.heads
+        frequency = 10_000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)  # (D/2H,) radians
         angle = torch.arange(config.max_seq_len)[:, None] * frequency  # (max_seq_len, D/2H)
         rotations = torch.stack((angle.cos(), angle.sin()), dim=-1)  # (max_seq_len, D/2H, 2)
         self.register_buffer("rotations", rotations, persistent=False)
 
     def features(self, ids):
-        """What the output layer reads: (B, T) -> (B, T, D)."""
+        """The hidden states that the output layer reads: (B, T) -> (B, T, D)."""
         length = ids.shape[1]
         require(length <= self.max_seq_len, f"{length} tokens, but max_seq_len={self.max_seq_len}")
         x = self.embedding(ids)
@@ -496,9 +516,10 @@ def top_p(logits, p):
     require(0 <= p <= 1, f"top_p: p={p} is not between 0 and 1")
     if p == 1:
         return logits  # a rounded sum of 50,000 probabilities would reach 1 too early
-    order = logits.argsort(dim=-1, descending=True, stable=True)  # (B, V)
+    order = logits.argsort(dim=-1, descending=True, stable=True)  # (B, V), most likely first
     probs = logits.gather(-1, order).softmax(-1)
-    excluded = probs.cumsum(-1) - probs >= p  # the more likely tokens already reach p
+    mass_before = probs.cumsum(-1) - probs  # probability of all more likely tokens together
+    excluded = mass_before >= p  # they suffice without this token
     excluded[..., 0] = False
     excluded = torch.zeros_like(excluded).scatter(-1, order, excluded)  # back to vocabulary order
     return logits.masked_fill(excluded, -math.inf)
@@ -507,14 +528,16 @@ def top_p(logits, p):
 def last_logits(model, ids):
     """Logits after the last token of each row, padded on the right with PAD: (B, T) -> (B, V).
 
-    Rows are sorted by length and run in pieces of about 4,096 tokens, so that a piece has little
-    padding and fits into a CPU's cache.
+    Two economies. Equal rows share one forward pass: candidates of one prompt, and judgements of
+    one answer, begin alike. And rows run in pieces of about 4,096 tokens, sorted by length, so that
+    a piece has little padding and fits into a CPU's cache.
 
     >>> uniform = lambda ids: torch.zeros(*ids.shape, 3)
     >>> last_logits(uniform, torch.tensor([[1, 2], [1, PAD]])).shape
     torch.Size([2, 3])
     """
-    lengths = (ids != PAD).sum(dim=1)  # (B,)
+    ids, group = ids.unique(dim=0, return_inverse=True)  # row i of the input is ids[group[i]]
+    lengths = (ids != PAD).sum(dim=1)
     pieces, logits = pieces_by_tokens(lengths.tolist()), []
     for rows in pieces:
         n = lengths[rows]
@@ -524,7 +547,7 @@ def last_logits(model, ids):
         else:
             logits.append(model(piece)[torch.arange(len(n), device=n.device), n - 1])
     order = torch.tensor([row for piece in pieces for row in piece], device=ids.device)
-    return torch.cat(logits)[order.argsort()]  # back to the order of the rows
+    return torch.cat(logits)[order.argsort()][group]  # argsort undoes a permutation
 
 
 def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None, eos_id=EOS,
@@ -555,30 +578,27 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
     if not rows:
         return []
     start = torch.tensor([len(row) for row in rows])
-    noise = torch.rand(len(rows), max_new_tokens, generator=generator)  # drawn before anything else
+    noise = torch.rand(len(rows), max_new_tokens, generator=generator)  # one number a row and step
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
     ids = F.pad(ids, (0, max_new_tokens), value=PAD).to(device_of(model))  # (B, T + new)
     lengths, noise = start.clone().to(ids.device), noise.to(ids.device)
     active = torch.arange(len(rows), device=ids.device)  # rows that are not finished
     with evaluating(model):
         for step in progress(range(max_new_tokens), "sampling"):
-            # Identical prefixes share one forward pass: candidates of one prompt, and judgements
-            # of one answer, begin alike. group says which of the G prefixes a row has.
             longest = int(lengths[active].max())
-            prefixes, group = ids[active, :longest].unique(dim=0, return_inverse=True)
-            logits = last_logits(model, prefixes)  # (G, V)
+            logits = last_logits(model, ids[active, :longest])  # (active rows, V)
             logits = logits / temperature if temperature > 0 else logits
             logits = logits if logit_filter is None else logit_filter(logits)
             require(bool(logits.amax(-1).isfinite().all()),
                     f"sample: NaN or infinite logits at new token {step}")
             if temperature == 0:
-                tokens = logits.argmax(-1)[group]
+                tokens = logits.argmax(-1)
             else:
                 # Inverse transform sampling: the first token at which the cumulated probability
                 # exceeds the row's noise. (The draws of torch.multinomial depend on other rows.)
-                wide = torch.float32 if ids.device.type == "mps" else torch.float64
-                cumulated = logits.to(wide).softmax(-1).cumsum(-1)[group]  # (R, V), up to 1
-                level = noise[active, step, None].to(wide) * cumulated[:, -1:]
+                precise = torch.float32 if ids.device.type == "mps" else torch.float64
+                cumulated = logits.to(precise).softmax(-1).cumsum(-1)  # rises to 1
+                level = noise[active, step, None].to(precise) * cumulated[:, -1:]
                 tokens = torch.searchsorted(cumulated, level, right=True).squeeze(1)
             ids[active, lengths[active]] = tokens
             lengths[active] += 1
@@ -609,6 +629,18 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 # response begins. Most mistakes in code of this kind are made here, so two things are settled once:
 #     the shift   the logits at position t predict token t + 1
 #     the mask    only tokens of the response count, EOS included, prompt and padding excluded
+#
+# What DPO wants. We have two responses to a prompt x, and somebody preferred the "chosen" one. The
+# obvious loss, -log p(chosen) + log p(rejected), has no end: it can push the rejected response to
+# probability 0 and the model to nonsense. DPO starts from a goal with an end: maximise the reward,
+# but pay beta for every nat by which the policy pi leaves the reference model ref,
+#
+#     max_pi  E[ r(x, y) ] - beta KL(pi || ref)     solved by    pi(y|x) ~ ref(y|x) e^(r(x,y)/beta)
+#
+# Read backwards, every policy is the solution for the reward beta log pi(y|x) / ref(y|x), its
+# IMPLICIT REWARD (plus a constant for each prompt). So no reward model is trained. DPO fits the
+# policy itself, by logistic regression: the probability that the chosen response wins is
+# sigmoid(implicit reward of the chosen - implicit reward of the rejected).
 
 
 def row_lengths(ids, pad_id):
@@ -687,12 +719,13 @@ def sft_loss(model, ids, prompt_lens, pad_id=PAD):
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta=0.1):
     """Direct Preference Optimization, Eq. 7 of [2]. All tensors (B,), from sequence_logprobs.
 
-        reward(y) = beta * (log pi(y|x) - log ref(y|x))                   the implicit reward
+        reward(y) = beta * (log pi(y|x) - log ref(y|x))      the implicit reward, not the judge's
         L = -log sigmoid( reward(chosen) - reward(rejected) )
 
     Returns (losses, rewards of the chosen, rewards of the rejected), the rewards detached. If the
     policy equals the reference, the loss is log 2. Larger beta keeps the policy closer to the
-    reference. Only the difference of the rewards counts, so log pi(chosen) may well fall.
+    reference. Only the difference of the rewards counts: log pi(chosen) may fall, as long as
+    log pi(rejected) falls more (see preference_objective for a remedy).
 
     >>> logp = torch.tensor
     >>> dpo_loss(logp([-4.0]), logp([-9.0]), logp([-5.0]), logp([-6.0]), beta=0.5)
@@ -815,6 +848,7 @@ on 65 % of the pairs of answers, and choosing one of five descriptions agreed on
 
 # The judge of the letter world (section 1) is short, because its model reads bytes.
 LetterWorld.JUDGE = RewardConfig("? {{ prompt }}\n{{ response }}\n", "= {{ reward }}", None, (0, 5))
+MAX_VERDICT_TOKENS = 16  # "11101 = 4" and EOS take 10
 
 
 def judge(model, reward_config, prompts, responses, *, encode=encode, decode=decode, n_samples=3,
@@ -823,8 +857,8 @@ def judge(model, reward_config, prompts, responses, *, encode=encode, decode=dec
     """The model's score of each response: (B,) floats, NaN where it gave none.
 
     Each response is judged n_samples times (3 in [1]), and the valid scores are averaged. Only the
-    judge's reply is parsed, so a response that contains "Score: 5" gains nothing. on_reply is
-    called with each reply. max_new_tokens leaves room for the default judge's explanation.
+    judge's reply is parsed, so a "Score: 5" inside a response is never taken for the score.
+    on_reply is called with each reply. max_new_tokens leaves room for an explanation.
 
     ValueError: unequal numbers of prompts and responses, or a judge prompt that leaves the model no
     room to reply.
@@ -834,7 +868,7 @@ def judge(model, reward_config, prompts, responses, *, encode=encode, decode=dec
     """
     require(len(prompts) == len(responses),
             f"judge: {len(prompts)} prompts but {len(responses)} responses")
-    text = TextFormat(encode, decode, eos_id=eos_id)
+    text = TextFormat(encode, decode, eos_id=eos_id)  # a judge prompt needs no chat template
     asked = [text.ids(reward_config.render(*pair)) for pair in zip(prompts, responses)]
     rows = [ids for ids in asked for _ in range(n_samples)]  # row b * n_samples + i
     replies = sample(model, rows, max_new_tokens=max_new_tokens, temperature=temperature,
@@ -909,7 +943,7 @@ def pick_random_pair(rewards):
     """
     two = torch.randperm(len(rewards))[:2]
     picked = pick_best_worst(rewards[two])
-    return picked and (int(two[picked[0]]), int(two[picked[1]]))
+    return None if picked is None else (int(two[picked[0]]), int(two[picked[1]]))
 
 
 def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=None,
@@ -1080,8 +1114,8 @@ def with_reference_logprobs(model, pairs):
         batch = [pairs[i] for i in piece]
         with evaluating(model):
             chosen, rejected = pair_logprobs(model, batch)
-        return [pair._replace(ref_chosen=log_w, ref_rejected=log_l)
-                for pair, log_w, log_l in zip(batch, chosen.tolist(), rejected.tolist())]
+        values = zip(batch, chosen.tolist(), rejected.tolist())
+        return [pair._replace(ref_chosen=a, ref_rejected=b) for pair, a, b in values]
 
     sizes = [2 * (len(p.prompt) + max(len(p.chosen), len(p.rejected))) for p in pairs]
     found = parallel_map(add_reference, pieces_by_tokens(sizes), "reference")
@@ -1127,13 +1161,13 @@ def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
     if config.max_epochs is not None:
         steps = min(steps, math.ceil(config.max_epochs * n_examples / config.batch_size))
     peak_step = max(1, round(config.warmup * steps))
-    stopping = EarlyStopping(config.eval_fn, config.eval_mode, config.patience)
+    stopping = EarlyStopping(config.eval_fn, config.eval_mode, config.patience, config.eval_every)
     points = []
     model.train()
     for step in progress(range(1, steps + 1), f"training, {config.kind}"):
         # The learning rate climbs linearly to its peak, then falls linearly to zero.
-        share = min(step / peak_step, (steps + 1 - step) / (steps + 1 - peak_step))
-        optimizer.param_groups[0]["lr"] = config.learning_rate * share
+        height = min(step / peak_step, (steps + 1 - step) / (steps + 1 - peak_step))
+        optimizer.param_groups[0]["lr"] = config.learning_rate * height
         optimizer.zero_grad()
         loss, point = torch.zeros(()), {}
         for objective, stream in zip(objectives, batches):
@@ -1150,8 +1184,7 @@ def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
         nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
         optimizer.step()
         after_update(step)
-        is_due = step % config.eval_every == 0 or step == steps < config.eval_every
-        if config.eval_fn is not None and is_due and stopping.look(model):
+        if stopping.is_due(step, steps) and stopping.look(model):
             break
     stopping.restore(model)
     return {"steps": step, **summary_of(points)}
@@ -1164,8 +1197,8 @@ def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
 # does is written in its `run` from top to bottom. The numbers of the papers are for 70 billion
 # weights; the defaults here are for about 0.16 million.
 #
-# A data set is anything with a length and an index, or a function of the model, called when the
-# stage begins, that returns one.
+# A data set is anything with a length and an index. Where data can only be made when the stage
+# begins, it is a function that returns one, called with the model as it is then.
 
 
 class Context(NamedTuple):
@@ -1203,7 +1236,7 @@ class StageConfig:
     eval_mode: str = "max"  # is the best value the largest ("max") or the smallest ("min")?
     patience: int | None = None  # evaluations without a new best that end the stage; None: never
     checkpoint_every: int | None = None  # updates between checkpoints; None: only one, at the end
-    replay_dataset: Any = None  # items (ids, prompt_len) to rehearse; the recipe says why
+    replay_dataset: Any = None  # items (ids, prompt_len) to rehearse, against forgetting
     replay_weight: float = 1.0  # weight of their sft_loss
 
     def __post_init__(self):
@@ -1422,14 +1455,20 @@ def run_stages(model, stages, context, first=0):
 def judging_metrics(truth, judged):
     """How well `judged` follows `truth`, both (P, N) scores: the five columns of Table 4 in [1].
 
-    With s_ij = sign(x_i - x_j) within each prompt: pairwise accuracy is the share of pairs that
-    truly differ and have the same sign; Kendall's tau-b is the cosine of the two tables of signs;
-    Spearman's rho is the cosine of their row sums, which are centred ranks. A judged NaN ties with
-    everything, a tie is half a hit, "exact" means equal after rounding. None: not defined.
+    judge_pairwise   share of the pairs of answers with different true scores that are put in the
+                     right order; a tie of judged scores is half a hit
+    judge_best5      share of the prompts whose favourite answer is one of the truly best
+    judge_exact      share of the answers whose judged score, rounded, is the true score
+    judge_spearman   correlation of the ranks of true and judged scores, mean over the prompts
+    judge_kendall    the same for the signs of all differences (Kendall's tau-b)
+
+    A judged NaN ties with everything. None where a number is not defined.
 
     >>> judging_metrics(np.array([[1, 2, 3]]), np.array([[1, 3, 2]]))["judge_pairwise"]
     0.6666666666666666
     """
+    # s[p, i, j] is the sign of the difference of answers i and j to prompt p. The row sums of s are
+    # ranks about their mean, so both correlations are cosines: of row sums, and of signs.
     s, t = (np.nan_to_num(np.sign(x[:, :, None] - x[:, None, :])) for x in (truth, judged))
 
     def cosine(a, b):  # (P, K) each; the mean over P
@@ -1483,7 +1522,8 @@ def measure(model, world, text, to_judge, previous_scores):
         shape = (-1, 5) if world.score else (1, -1)  # your own data: all in one comparison
         judged = grade(prompts, responses).numpy()
         found |= judging_metrics(np.reshape(truth, shape), np.reshape(judged, shape))
-    return {name: None if value != value else value for name, value in found.items()}  # no NaN
+    is_nan = lambda value: isinstance(value, float) and math.isnan(value)
+    return {name: None if is_nan(value) else value for name, value in found.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1502,14 +1542,17 @@ def measure(model, world, text, to_judge, previous_scores):
 # Two numbers below are not in the papers, and each has a failure behind it. REPLAY: a stage that
 # trains on answers alone changes the weights that judge, and within a few rounds a small model
 # forgets how to judge, and with it loses its reward. So later stages rehearse the judging data of
-# M1. Their verdicts were written by the true score; it grades no answer of a later stage. The
-# LIKELIHOOD TERM: without it one seed in five drifts into text that occurs in no pair.
+# M1, the very same examples. Their verdicts were written by the true score, which so reaches the
+# later stages; but it grades none of the answers that are written there. LIKELIHOOD TERM: without
+# it one seed in five drifts into text that occurs in no pair.
+#
+# train() in section 17 calls recipe_stages, runs the stages, and measures each model.
 
 
-def number(default, quick, reason):
-    """A field of the recipe: its value, its value under --quick, and what it is and why.
+def setting(default, quick, reason):
+    """A field of the recipe: its value, its value under --quick (None: the same), and its reason.
 
-    >>> number(3, 1, "example").default
+    >>> setting(3, 1, "example").default
     3
     """
     return field(default=default, metadata={"quick": quick, "help": reason})
@@ -1524,60 +1567,65 @@ class Recipe:
     """
 
     # name                        default  quick  what it is, and why this value
-    stages: str = number("sft,self,self", None, "stages after M0, of sft, self, spin, external")
-    dim: int = number(64, None, "width of the model; 128 is slower and no better here")
-    depth: int = number(4, None, "blocks of the model; comparing two words takes several")
-    base_steps: int = number(400, 60, "updates for M0, enough for its answers to look like answers")
-    sft_steps: int = number(1500, 120, "updates for M1, most of which go into learning to judge")
-    sft_learning_rate: float = number(4e-3, None, "for M0 and M1; 8e-3 diverges on some seeds")
-    dpo_steps: int = number(200, 30, "updates for a later stage, at most 8 passes over its pairs")
-    dpo_learning_rate: float = number(2.5e-4, None, "for later stages; 1e-3 forgets how to judge")
-    beta: float = number(1.0, None, "of DPO, and lambda of SPIN; 0.1 goes too far from M1")
-    nll_weight: float = number(0.1, None, "of the likelihood term; 0: one seed in five drifts away")
-    replay_weight: float = number(4.0, None, "of the replayed judging data; 0: the judge forgets")
-    n_candidates: int = number(4, None, "answers to a prompt, as in [1]")
-    judge_samples: int = number(3, None, "judgements of an answer, as in [1]")
-    demonstrations: int = number(3200, 1600, "size of the instruction data; 3,200 in [1]")
-    judgements: int = number(12000, 1500, "size of the evaluation data; 1,630 in [1], for 70B")
-    stage_prompts: int = number(800, 96, "prompts for a later stage; about 750 of them give a pair")
-    eval_prompts: int = number(200, 40, "held-out prompts, with five answers to each")
-    tidy: bool = number(False, None, "judging data without nonsense: a judge that can be fooled")
+    stages: str = setting("sft,self,self", None, "stages after M0, of sft, self, spin, external")
+    dim: int = setting(64, None, "width of the model; 128 is slower and no better here")
+    depth: int = setting(4, None, "blocks of the model; comparing two words takes several")
+    base_steps: int = setting(400, 60, "updates for M0, until its answers look like answers")
+    sft_steps: int = setting(1500, 120, "updates for M1, most of which go into learning to judge")
+    sft_learning_rate: float = setting(4e-3, None, "for M0 and M1; 8e-3 diverges on some seeds")
+    dpo_steps: int = setting(200, 30, "updates for a later stage, at most 8 passes over its pairs")
+    dpo_learning_rate: float = setting(2.5e-4, None, "for later stages; 1e-3 forgets how to judge")
+    beta: float = setting(1.0, None, "of DPO, and lambda of SPIN; 0.1 goes too far from M1")
+    nll_weight: float = setting(0.1, None, "of the likelihood term; 0: one seed in five drifts")
+    replay_weight: float = setting(4.0, None, "of the replayed judging data; 0: the judge forgets")
+    n_candidates: int = setting(4, None, "answers to a prompt, as in [1]")
+    judge_samples: int = setting(3, None, "judgements of an answer, as in [1]")
+    demonstrations: int = setting(3200, 1600, "size of the instruction data; 3,200 in [1]")
+    judgements: int = setting(12000, 1500, "size of the evaluation data; 1,630 in [1], for 70B")
+    stage_prompts: int = setting(800, 96, "prompts for a later stage; about 750 give a pair")
+    eval_prompts: int = setting(200, 40, "held-out prompts, with five answers to each")
+    tidy: bool = setting(False, None, "judging data without nonsense: a judge that can be fooled")
 
 
-MAX_VERDICT_TOKENS = 16  # "11101 = 4" and EOS take 10
 
-
-def recipe_stages(recipe, world, items, judging_items):
+def recipe_stages(recipe, world, demonstrations, judgements):
     """The stages of the recipe.
 
-    items: the demonstrations as training items. judging_items(model): the judging data as training
-    items, a function because M0 writes some of the answers; None: there are none.
+    demonstrations: (prompt, answer) pairs. judgements(): (prompt, answer, verdict) triples, the
+    same ones each time; a function, because M0 has to exist first; None: there are no such data.
 
-    >>> items = [TextFormat().item("sort ba", "ab")]
-    >>> [stage.kind for stage in recipe_stages(Recipe(), LetterWorld(), items, None)]
+    >>> [stage.kind for stage in recipe_stages(Recipe(), LetterWorld(), [("sort ba", "ab")], None)]
     ['sft', 'sft', 'self-reward', 'self-reward']
     """
+    text = TextFormat(chat_template=world.CHAT_TEMPLATE)
+    items = [text.item(prompt, answer) for prompt, answer in demonstrations]
+
+    def judging_items(model):
+        """To learn to judge: the prompt is a judge prompt, the response is its verdict."""
+        return [TextFormat().item(world.JUDGE.render(prompt, answer), verdict)
+                for prompt, answer, verdict in judgements()]
+
+    def both(model):
+        return items + judging_items(model) if judgements else items
+
     sft = dict(learning_rate=recipe.sft_learning_rate)
     later = dict(learning_rate=recipe.dpo_learning_rate, steps=recipe.dpo_steps,
-                 max_new_tokens=world.max_new_tokens, replay_dataset=judging_items,
-                 replay_weight=recipe.replay_weight)
-    m0 = SFTConfig(train_dataset=items, loss_on_prompt=True, steps=recipe.base_steps, **sft)
-    stages = [m0]
+                 max_new_tokens=world.max_new_tokens, replay_weight=recipe.replay_weight,
+                 replay_dataset=judging_items if judgements else None)
+    stages = [SFTConfig(train_dataset=items, loss_on_prompt=True, steps=recipe.base_steps, **sft)]
     for index, name in enumerate(recipe.stages.split(","), start=1):
         dpo = dict(prompt_dataset=world.prompts(recipe.stage_prompts, f"stage {index}"),
                    beta=recipe.beta, nll_weight=recipe.nll_weight, n_candidates=recipe.n_candidates)
         if name == "sft":
-            both = (lambda model: [*items, *judging_items(model)]) if judging_items else items
-            stage = SFTConfig(train_dataset=both, steps=recipe.sft_steps, **sft)
+            stages.append(SFTConfig(train_dataset=both, steps=recipe.sft_steps, **sft))
         elif name == "self":
-            stage = SelfRewardDPOConfig(n_judge_samples=recipe.judge_samples,
-                                        max_judge_tokens=MAX_VERDICT_TOKENS, **dpo, **later)
+            stages.append(SelfRewardDPOConfig(n_judge_samples=recipe.judge_samples,
+                                              max_judge_tokens=MAX_VERDICT_TOKENS, **dpo, **later))
         elif name == "external":
             true_score = lambda prompts, answers: list(map(world.score, prompts, answers))
-            stage = ExternalRewardDPOConfig(reward_model=true_score, **dpo, **later)
-        else:
-            stage = SelfPlayConfig(train_dataset=items, lam=recipe.beta, **later)
-        stages.append(stage)
+            stages.append(ExternalRewardDPOConfig(reward_model=true_score, **dpo, **later))
+        elif name == "spin":
+            stages.append(SelfPlayConfig(train_dataset=items, lam=recipe.beta, **later))
     return stages
 
 
@@ -1695,9 +1743,14 @@ class EarlyStopping:
     [False, False, False, True]
     """
 
-    def __init__(self, eval_fn, mode, patience):
-        self.eval_fn, self.mode, self.patience = eval_fn, mode, patience
+    def __init__(self, eval_fn, mode, patience, every=1):
+        self.eval_fn, self.mode, self.patience, self.every = eval_fn, mode, patience, every
         self.best, self.best_weights, self.looks_since_best = -math.inf, None, 0
+
+    def is_due(self, step, steps):
+        """At steps n, 2n, 3n ...; at the last one if the stage is shorter than n."""
+        is_last_chance = step == steps and steps < self.every
+        return self.eval_fn is not None and (step % self.every == 0 or is_last_chance)
 
     def look(self, model):
         """Evaluate the model; True if training should stop."""
@@ -2329,18 +2382,18 @@ def propose_prompts(model, n, *, known=(), text=TextFormat(), is_valid=None, max
 class Options(Recipe):
     """The command line of a training run; argparse is made from these fields and the recipe's."""
 
-    seed: int = number(0, None, "random seed")
-    device: str = number("cpu", None, "where the model lives, for example cuda or mps")
-    checkpoints: str = number("checkpoints", None, "folder for checkpoints and metrics.jsonl")
-    quick: bool = number(False, None, "the same run with smaller numbers")
-    resume: bool = number(False, None, "go on after the last finished stage")
-    overwrite: bool = number(False, None, "replace the checkpoints of an earlier run")
-    instructions: str = number("sort", None, f"of LetterWorld: {','.join(INSTRUCTIONS)}")
-    sft: str = number("", None, 'your demonstrations, lines of {"prompt", "response"}')
-    judged: str = number("", None, 'your judged answers, lines of {"prompt", "response", "score"}')
-    prompts: str = number("", None, 'your prompts for the later stages, lines of {"prompt"}')
-    max_seq_len: int = number(256, None, "longest text, in bytes, that the model takes")
-    skip_long: bool = number(False, None, "leave out, and count, what is longer in your files")
+    seed: int = setting(0, None, "random seed")
+    device: str = setting("cpu", None, "where the model lives, for example cuda or mps")
+    checkpoints: str = setting("checkpoints", None, "folder for checkpoints and metrics.jsonl")
+    quick: bool = setting(False, None, "the same run with smaller numbers")
+    resume: bool = setting(False, None, "go on after the last finished stage")
+    overwrite: bool = setting(False, None, "replace the checkpoints of an earlier run")
+    instructions: str = setting("sort", None, f"of LetterWorld: {','.join(INSTRUCTIONS)}")
+    sft: str = setting("", None, 'your demonstrations, lines of {"prompt", "response"}')
+    judged: str = setting("", None, 'your judged answers, lines of {"prompt", "response", "score"}')
+    prompts: str = setting("", None, 'your prompts for the later stages, lines of {"prompt"}')
+    max_seq_len: int = setting(256, None, "longest text, in bytes, that the model takes")
+    skip_long: bool = setting(False, None, "leave out, and count, what is longer in your files")
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -2545,25 +2598,21 @@ def train(options, world=None):
     world, folder = world or make_world(options), Path(options.checkpoints)
     text = TextFormat(chat_template=world.CHAT_TEMPLATE)
     demonstrations = world.demonstrations(options.demonstrations)
-    items = [text.item(*pair) for pair in demonstrations]
 
     @functools.cache
     def made_with_m0():
-        """The judging data as items, and what judges are measured by. M0 writes answers for both.
-        It is read from its checkpoint, so that a resumed run has the same data."""
+        """The judging data, and what judges are measured by. M0 writes answers for both. It is
+        read from its checkpoint, so that a resumed run has the same data."""
         m0 = load_model(folder / "0.sft.pt").to(options.device)
-        rows = world.judgements(options.judgements, m0, options.tidy)
-        judging_items = [TextFormat().item(world.JUDGE.render(prompt, answer), verdict)
-                         for prompt, answer, verdict in rows]
-        return judging_items, world.to_judge(m0)
+        return world.judgements(options.judgements, m0, options.tidy), world.to_judge(m0)
 
     can_judge = bool(options.judged or not options.sft)
     board = Scoreboard(world, text, demonstrations, made_with_m0 if can_judge else None, folder)
-    judging_items = (lambda model: made_with_m0()[0]) if can_judge else None
+    judgements = (lambda: made_with_m0()[0]) if can_judge else None
     config = ModelConfig(dim=options.dim, depth=options.depth, max_seq_len=options.max_seq_len)
     trainer = SelfRewardingTrainer(
         Transformer(config, torch.Generator().manual_seed(options.seed)),
-        recipe_stages(options, world, items, judging_items), seed=options.seed,
+        recipe_stages(options, world, demonstrations, judgements), seed=options.seed,
         chat_template=world.CHAT_TEMPLATE, self_reward_prompt_config=world.JUDGE,
         checkpoints_folder=folder, device=options.device, settings=settings_of(options),
         evaluate=board.evaluate, report=board.report)

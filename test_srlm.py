@@ -3057,12 +3057,11 @@ def test_the_true_score_grades_no_answer_of_a_self_reward_stage(tmp_path):
             pytest.fail("the true score was asked")
 
     recipe = srlm.Recipe(stages="sft,self", dpo_steps=1, stage_prompts=4, n_candidates=2)
-    world, items = Silent(n_eval=2), [srlm.TextFormat().item("a", "b")]
-    last = srlm.recipe_stages(recipe, world, items, lambda model: items)[2]
+    last = srlm.recipe_stages(recipe, Silent(n_eval=2), [("a", "b")], lambda: [("a", "b", "= 1")])[2]
     grade = srlm.RewardConfig("{{ prompt }}{{ response }}", parse_reward=lambda reply: float(len(set(reply))))
     model = srlm.Transformer(srlm.ModelConfig(dim=8, depth=1), generator(0))
     record, = srlm.SelfRewardingTrainer(model, [last], checkpoints_folder=tmp_path,
-                                        chat_template=world.CHAT_TEMPLATE, self_reward_prompt_config=grade)()
+                                        chat_template="> {{ prompt }}\n", self_reward_prompt_config=grade)()
     assert record["kind"] == "self-reward" and record["pairs"] > 0
     source = " ".join(Path(SCRIPT).read_text(encoding="utf-8").replace("#", " ").split())
     assert "never speaks" not in source
