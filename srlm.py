@@ -1994,8 +1994,9 @@ def checked_pairs(dataset, name, model, text):
             pair = PreferencePair(ids[:n], ids[n:], other[n:])
         else:
             raise ValueError(f"{where} is {str(pair)[:60]!r}, not texts (prompt, chosen, rejected)")
-        size = len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
-        require(size <= limit, f"{where} has {size} tokens, but max_seq_len={limit}")
+        sizes = [len(ids) for ids in pair[:3]]
+        require(min(sizes) > 0 and sizes[0] + max(sizes[1:]) <= limit, f"{where} has {sizes} tokens in "
+                f"prompt, chosen and rejected; each needs one, and max_seq_len={limit}")
         largest = int(torch.cat(pair[:3]).max())
         require(largest < vocab, f"{where} has token {largest}, vocabulary {vocab}")
         require(not pair.chosen.equal(pair.rejected), f"{where} has two equal answers")
@@ -2299,6 +2300,7 @@ def fingerprint(dataset):
         entry = dataset[i]
         parts = entry if isinstance(entry, (tuple, list)) else [entry]
         parts = [part.tolist() if hasattr(part, "tolist") else part for part in parts]
+        parts = [list(part) if isinstance(part, tuple) else part for part in parts]
         crc = zlib.crc32(repr(parts).encode("utf-8", errors="replace"), crc)
     return crc
 
