@@ -2,8 +2,8 @@ r"""Self-Rewarding Language Models: the whole training loop in one file.
 
 A language model writes several answers to each prompt, grades them itself, and is trained to give
 more probability to the answer it graded best and less to the one it graded worst. Repeated, this
-makes its answers better than the demonstrations it learned from, as long as it grades better than
-it writes.
+makes its answers better than the demonstrations it learned from, as long as its grades are right
+more often than wrong.
 
     M0   the base model: trained on whole texts, prompts and answers alike
     M1   M0 after supervised fine-tuning (SFT) on demonstrations, and on examples of grading, in
@@ -26,7 +26,7 @@ The loop in pseudocode, simplified, with the function names and sections of this
         for each batch of pairs:                                         # minimise    section 8
             policy_chosen, policy_rejected = sequence_logprobs(model, ...), with gradients
             loss = dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-            loss = loss - a little log p(chosen) + sft_loss of rehearsed examples of grading
+            loss = loss - 0.1 log p(chosen) + 4 sft_loss(a batch of the examples of grading)
             one step of AdamW
 
 The reference is the model as it was when the round began; the policy is the model in training.
@@ -43,11 +43,15 @@ files, resuming, several processes, the command line. Part I uses these function
     require, check_..., checked_..., as_rewards   raise ValueError for a user's mistake
     evaluating(model)                 a block without gradients and in evaluation mode
     seeded(seed), combine_seeds       a block whose random draws depend on the seed alone
-    parallel_map(f, items, title)     map(f, items); several processes would share the items
-    sum_over_processes(x)             x; several processes would add up theirs
-    on_rank_zero(f)                   f(); one of several processes would do it for all
-    progress(steps, title)            steps, with a progress bar
     pieces_by_tokens(lengths)         row numbers sorted by length, in pieces of bounded size
+    progress(steps, title)            steps, with a progress bar
+    parallel_map, on_rank_zero        map(f, items), f(): several processes would share the work
+    sum_over_processes, sum_gradients_over_processes, rank_and_world_size
+                                      x, nothing, (0, 1) in a single process
+    EarlyStopping, summary_of         keep the best weights; averages of metrics over updates
+    JudgeReward, quoted_replies       judge() as a reward function; its last replies, for errors
+    one_mistake, made_up_answer       text for the letter world
+    device_of, save_pairs, stage_named     where a model is; write a file; name a stage in errors
 
 Sources, cited as [1] to [5]:
     [1] arXiv:2401.10020  Self-Rewarding Language Models: the loop, its judge, its figures
@@ -104,6 +108,7 @@ def require(condition, message):
 # ==================================================================================================
 # Part I: the algorithm
 # ==================================================================================================
+
 # --------------------------------------------------------------------------------------------------
 # 1. The task
 # --------------------------------------------------------------------------------------------------
@@ -142,6 +147,7 @@ class LetterWorld:
 
     POINTS = ("polite", "relevant", "complete", "ordered", "full stop")
     CHAT_TEMPLATE = "> {{ prompt }}\n"  # what the model sees before it answers
+    JUDGE: RewardConfig  # what it sees before it grades; set in section 6
     max_new_tokens = 16  # of an answer; a perfect one has 14 tokens at most
     letters = "abcdefgh"
     sizes = (4, 5, 6)  # a prompt has 4, 5 or 6 different letters
@@ -201,9 +207,10 @@ class LetterWorld:
     def make_up(self, prompt, rng):
         """An answer of any quality for a judge to practise on, with nonsense and attacks.
 
-        A judge that has never seen nonsense overrates it, and the model that it trains learns to
-        write it. The same holds for attacks, wrong answers that go on in the judge's own format,
-        such as "b\\nSure: abcd.".
+        Eight in ten have 0 to 4 mistakes, one is nonsense, one is an attack. A judge that has never
+        seen nonsense overrates it, and the model that it trains learns to write it. An attack goes
+        on in the format of the judge, who reads "? prompt, newline, answer, newline": the last line
+        of the wrong answer "b\\nSure: abcd." looks like a perfect one.
         """
         return made_up_answer(prompt, self.target(prompt), self.letters, rng)
 
@@ -266,7 +273,8 @@ class LetterWorld:
 
 EOS = 256  # end of sequence: the model has finished its answer; no text contains this id
 VOCAB_SIZE = 257
-PAD = -1  # not a token: marks the empty places of a batch, and no model ever sees it
+PAD = -1  # not a token: marks the empty places of a batch; replaced before any model sees them
+# Functions that take a padded tensor have pad_id=PAD, for tensors that somebody else has padded.
 
 
 def encode(text):
@@ -356,7 +364,6 @@ class TextFormat:
         """The text of sampled ids, without the EOS at their end."""
         ended = self.eos_id is not None and len(ids) > 0 and ids[-1] == self.eos_id
         return self.decode(ids[:-1] if ended else ids)
-
 
 
 # --------------------------------------------------------------------------------------------------
@@ -536,7 +543,7 @@ def last_logits(model, ids):
     >>> last_logits(uniform, torch.tensor([[1, 2], [1, PAD]])).shape
     torch.Size([2, 3])
     """
-    ids, group = ids.unique(dim=0, return_inverse=True)  # row i of the input is ids[group[i]]
+    ids, group = ids.unique(dim=0, return_inverse=True)  # input row i is now row group[i]
     lengths = (ids != PAD).sum(dim=1)
     pieces, logits = pieces_by_tokens(lengths.tolist()), []
     for rows in pieces:
@@ -598,7 +605,7 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
                 # exceeds the row's noise. (The draws of torch.multinomial depend on other rows.)
                 precise = torch.float32 if ids.device.type == "mps" else torch.float64
                 cumulated = logits.to(precise).softmax(-1).cumsum(-1)  # rises to 1
-                level = noise[active, step, None].to(precise) * cumulated[:, -1:]
+                level = noise[active, step, None].to(precise) * cumulated[:, -1:]  # about 1
                 tokens = torch.searchsorted(cumulated, level, right=True).squeeze(1)
             ids[active, lengths[active]] = tokens
             lengths[active] += 1
@@ -622,6 +629,8 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
     rows = sample(model, [text.prompt_ids(prompt) for prompt in prompts], generator=generator,
                   max_new_tokens=max_new_tokens, temperature=temperature, eos_id=text.eos_id)
     return [text.text(row) for row in rows]
+
+
 # --------------------------------------------------------------------------------------------------
 # 5. Log-probabilities and losses
 # --------------------------------------------------------------------------------------------------
@@ -631,11 +640,12 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 #     the mask    only tokens of the response count, EOS included, prompt and padding excluded
 #
 # What DPO wants. We have two responses to a prompt x, and somebody preferred the "chosen" one. The
-# obvious loss, -log p(chosen) + log p(rejected), has no end: it can push the rejected response to
-# probability 0 and the model to nonsense. DPO starts from a goal with an end: maximise the reward,
-# but pay beta for every nat by which the policy pi leaves the reference model ref,
+# obvious loss, -log p(chosen) + log p(rejected), has no minimum: it pushes the rejected response
+# towards probability 0 and the model into nonsense. DPO starts from a goal that has an optimum:
+# maximise a reward r, but pay beta for every nat by which the policy pi leaves the reference ref,
 #
-#     max_pi  E[ r(x, y) ] - beta KL(pi || ref)     solved by    pi(y|x) ~ ref(y|x) e^(r(x,y)/beta)
+#     max_pi  E[ r(x, y) ] - beta KL(pi || ref)
+#     solved by  pi(y|x) proportional to ref(y|x) exp(r(x, y) / beta)
 #
 # Read backwards, every policy is the solution for the reward beta log pi(y|x) / ref(y|x), its
 # IMPLICIT REWARD (plus a constant for each prompt). So no reward model is trained. DPO fits the
@@ -644,7 +654,9 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 
 
 def row_lengths(ids, pad_id):
-    """Tokens before the run of pad_id that ends a row: (B, T) -> (B,). Inside, pad_id is a token.
+    """Tokens before the run of pad_id that ends a row: (B, T) -> (B,).
+
+    A pad_id earlier in the row counts as an ordinary token.
 
     >>> row_lengths(torch.tensor([[0, 7, 0, 0]]), pad_id=0)
     tensor([2])
@@ -847,7 +859,8 @@ DEFAULT_REWARD_CONFIG = RewardConfig(
 on 65 % of the pairs of answers, and choosing one of five descriptions agreed on 27 %."""
 
 # The judge of the letter world (section 1) is short, because its model reads bytes.
-LetterWorld.JUDGE = RewardConfig("? {{ prompt }}\n{{ response }}\n", "= {{ reward }}", None, (0, 5))
+LetterWorld.JUDGE = RewardConfig("? {{ prompt }}\n{{ response }}\n", "= {{ reward }}",
+                                 reward_range=(0, 5))
 MAX_VERDICT_TOKENS = 16  # "11101 = 4" and EOS take 10
 
 
@@ -1073,7 +1086,7 @@ def pair_logprobs(model, pairs):
 def preference_objective(pairs, loss_fn, nll_weight=0.0):
     """loss_fn of four log-probabilities (see dpo_loss), plus a likelihood term; count of pairs.
 
-        L = loss_fn(...) - nll_weight * log p(chosen)                     after Eq. 1 of [5]
+        L = loss_fn(...) - nll_weight * log p(chosen)     after Eq. 1 of [5], a mean there
 
     Why the second term: DPO asks only that the chosen response gains on the rejected one. Both may
     lose probability to text that occurs in no pair. A small weight prevents this.
@@ -1194,8 +1207,8 @@ def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
 # 9. Stages
 # --------------------------------------------------------------------------------------------------
 # A stage turns one model into the next, and stages can follow each other in any order. What a stage
-# does is written in its `run` from top to bottom. The numbers of the papers are for 70 billion
-# weights; the defaults here are for about 0.16 million.
+# does is written in its `run` from top to bottom. Defaults of losses and judging are those of the
+# papers; the values that suit the letter world and its small model are in section 11.
 #
 # A data set is anything with a length and an index. Where data can only be made when the stage
 # begins, it is a function that returns one, called with the model as it is then.
@@ -1276,7 +1289,8 @@ class SelfPlayConfig(StageConfig):
 
     It pulls the model toward the demonstrations and cannot take it beyond them. Minimising exactly
     multiplies log(p / p_data) by 1 - 1/lam (Theorem 5.4 of [3]): lam=1 arrives in one step, and
-    lam below 1/2 diverges.
+    lam below 1/2 would diverge. The few updates of a round stop far short of that, so [3] can use
+    0.1; the recipe of section 11 uses 1.
 
     >>> SelfPlayConfig(train_dataset=[TextFormat().item("hi", "yo")]).lam
     0.1
@@ -1318,7 +1332,7 @@ class DPOConfig(StageConfig):
 
     kind: ClassVar[str] = "dpo"
     pair_dataset: Any
-    beta: float = 0.1  # as in [1]; larger stays closer to the reference
+    beta: float = 0.1  # as in [1]; the recipe uses 1, which stays closer to the reference
     loss_fn: Callable = dpo_loss  # or any function of the same form
     nll_weight: float = 0.0  # of the likelihood term; see preference_objective
     max_epochs: float | None = 8  # more passes over few pairs overfit them
@@ -1339,7 +1353,7 @@ class RewardStageConfig(StageConfig):
     """
 
     prompt_dataset: Any  # prompts (str)
-    beta: float = 0.1
+    beta: float = 0.1  # this and the next three as in DPOConfig
     loss_fn: Callable = dpo_loss
     nll_weight: float = 0.0
     max_epochs: float | None = 8
@@ -1467,9 +1481,11 @@ def judging_metrics(truth, judged):
     >>> judging_metrics(np.array([[1, 2, 3]]), np.array([[1, 3, 2]]))["judge_pairwise"]
     0.6666666666666666
     """
-    # s[p, i, j] is the sign of the difference of answers i and j to prompt p. The row sums of s are
-    # ranks about their mean, so both correlations are cosines: of row sums, and of signs.
-    s, t = (np.nan_to_num(np.sign(x[:, :, None] - x[:, None, :])) for x in (truth, judged))
+    # true_sign[p, i, j] says whether answer i to prompt p is better than answer j: 1, 0 or -1. Its
+    # row sum for i, how many answers it beats minus how many beat it, is a rank about the mean. So
+    # Spearman's correlation is the cosine of the row sums, and Kendall's that of the signs.
+    true_sign, judged_sign = (np.nan_to_num(np.sign(x[:, :, None] - x[:, None, :]))
+                              for x in (truth, judged))
 
     def cosine(a, b):  # (P, K) each; the mean over P
         norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
@@ -1477,11 +1493,13 @@ def judging_metrics(truth, judged):
         return float(((a * b).sum(1)[defined] / norms[defined]).mean()) if defined.any() else None
 
     best = np.nan_to_num(judged, nan=-np.inf).argmax(1)  # (P,) the judge's favourite
-    return {"judge_pairwise": float(((s * t)[s != 0].mean() + 1) / 2) if s.any() else None,
+    differ = true_sign != 0
+    hits = ((true_sign * judged_sign)[differ] + 1) / 2  # 1 right, 0 wrong, 1/2 tied
+    return {"judge_pairwise": float(hits.mean()) if differ.any() else None,
             "judge_best5": float((truth[np.arange(len(truth)), best] == truth.max(1)).mean()),
             "judge_exact": float((np.round(judged) == truth).mean()),
-            "judge_spearman": cosine(s.sum(2), t.sum(2)),
-            "judge_kendall": cosine(s.reshape(len(s), -1), t.reshape(len(t), -1))}
+            "judge_spearman": cosine(true_sign.sum(2), judged_sign.sum(2)),
+            "judge_kendall": cosine(*(s.reshape(len(s), -1) for s in (true_sign, judged_sign)))}
 
 
 def head_to_head(scores, others):
@@ -1531,20 +1549,20 @@ def measure(model, world, text, to_judge, previous_scores):
 # --------------------------------------------------------------------------------------------------
 # M0, M1, M2, M3. What the recipe needs of a world, LetterWorld or one of your own:
 #
-#     CHAT_TEMPLATE, JUDGE, max_new_tokens                     formats
+#     CHAT_TEMPLATE, JUDGE, max_new_tokens     formats; a verdict has at most MAX_VERDICT_TOKENS
 #     demonstrations(n)            -> [(prompt, answer)]       to learn to answer
 #     judgements(n, model, tidy)   -> [(prompt, answer, verdict)]      to learn to judge
 #     prompts(n, purpose)          -> [prompt]                 for the later stages
 #     eval_prompts                    [prompt]                 held out of all the data above
 #     to_judge(model)              -> [(prompt, answer, true score)]   five answers a prompt
-#     score(prompt, answer)        -> true score, 0 to 5
+#     score(prompt, answer)        -> true score, 0 to 5; score = None if nobody knows it
 #
 # Two numbers below are not in the papers, and each has a failure behind it. REPLAY: a stage that
 # trains on answers alone changes the weights that judge, and within a few rounds a small model
 # forgets how to judge, and with it loses its reward. So later stages rehearse the judging data of
-# M1, the very same examples. Their verdicts were written by the true score, which so reaches the
-# later stages; but it grades none of the answers that are written there. LIKELIHOOD TERM: without
-# it one seed in five drifts into text that occurs in no pair.
+# M1, the very same examples. Their verdicts were written by the true score. So the true score
+# still shapes the judge in later stages, but it grades none of the answers written there.
+# LIKELIHOOD TERM: without it one seed in five drifts into text that occurs in no pair.
 #
 # train() in section 17 calls recipe_stages, runs the stages, and measures each model.
 
@@ -1573,7 +1591,7 @@ class Recipe:
     base_steps: int = setting(400, 60, "updates for M0, until its answers look like answers")
     sft_steps: int = setting(1500, 120, "updates for M1, most of which go into learning to judge")
     sft_learning_rate: float = setting(4e-3, None, "for M0 and M1; 8e-3 diverges on some seeds")
-    dpo_steps: int = setting(200, 30, "updates for a later stage, at most 8 passes over its pairs")
+    dpo_steps: int = setting(240, 30, "updates for a later stage, at most 8 passes over its pairs")
     dpo_learning_rate: float = setting(2.5e-4, None, "for later stages; 1e-3 forgets how to judge")
     beta: float = setting(1.0, None, "of DPO, and lambda of SPIN; 0.1 goes too far from M1")
     nll_weight: float = setting(0.1, None, "of the likelihood term; 0: one seed in five drifts")
@@ -1582,17 +1600,17 @@ class Recipe:
     judge_samples: int = setting(3, None, "judgements of an answer, as in [1]")
     demonstrations: int = setting(3200, 1600, "size of the instruction data; 3,200 in [1]")
     judgements: int = setting(12000, 1500, "size of the evaluation data; 1,630 in [1], for 70B")
-    stage_prompts: int = setting(800, 96, "prompts for a later stage; about 750 give a pair")
+    stage_prompts: int = setting(1000, 96, "prompts for a later stage; about 950 give a pair")
     eval_prompts: int = setting(200, 40, "held-out prompts, with five answers to each")
     tidy: bool = setting(False, None, "judging data without nonsense: a judge that can be fooled")
-
 
 
 def recipe_stages(recipe, world, demonstrations, judgements):
     """The stages of the recipe.
 
     demonstrations: (prompt, answer) pairs. judgements(): (prompt, answer, verdict) triples, the
-    same ones each time; a function, because M0 has to exist first; None: there are no such data.
+    same ones each time, which train() has made once with world.judgements(n, M0, tidy); it is a
+    function because M0 has to exist first, and None if there are no such data.
 
     >>> [stage.kind for stage in recipe_stages(Recipe(), LetterWorld(), [("sort ba", "ab")], None)]
     ['sft', 'sft', 'self-reward', 'self-reward']
@@ -1600,12 +1618,12 @@ def recipe_stages(recipe, world, demonstrations, judgements):
     text = TextFormat(chat_template=world.CHAT_TEMPLATE)
     items = [text.item(prompt, answer) for prompt, answer in demonstrations]
 
-    def judging_items(model):
+    def judging_items(model):  # a stage calls its data function with the model; not needed here
         """To learn to judge: the prompt is a judge prompt, the response is its verdict."""
         return [TextFormat().item(world.JUDGE.render(prompt, answer), verdict)
                 for prompt, answer, verdict in judgements()]
 
-    def both(model):
+    def both(model):  # about four gradings to one demonstration, shuffled together
         return items + judging_items(model) if judgements else items
 
     sft = dict(learning_rate=recipe.sft_learning_rate)
@@ -1649,6 +1667,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 from tqdm import tqdm
+
 
 # --------------------------------------------------------------------------------------------------
 # 12. Tools that Part I calls
@@ -1995,8 +2014,8 @@ def checked_pairs(dataset, name, model, text):
         else:
             raise ValueError(f"{where} is {str(pair)[:60]!r}, not texts (prompt, chosen, rejected)")
         sizes = [len(ids) for ids in pair[:3]]
-        require(min(sizes) > 0 and sizes[0] + max(sizes[1:]) <= limit, f"{where} has {sizes} tokens in "
-                f"prompt, chosen and rejected; each needs one, and max_seq_len={limit}")
+        require(min(sizes) > 0 and sizes[0] + max(sizes[1:]) <= limit, f"{where} has {sizes} "
+                f"tokens in prompt, chosen and rejected; each needs 1, and max_seq_len={limit}")
         largest = int(torch.cat(pair[:3]).max())
         require(largest < vocab, f"{where} has token {largest}, vocabulary {vocab}")
         require(not pair.chosen.equal(pair.rejected), f"{where} has two equal answers")
