@@ -8,8 +8,9 @@ more often than wrong.
     M0   the base model: trained on whole texts, prompts and answers alike
     M1   M0 after supervised fine-tuning (SFT) on demonstrations, and on examples of grading, in
          which a program has written the grade of an answer
-    M2   M1 after DPO on pairs of answers that M1 wrote and graded itself
-    M3   M2 after DPO on pairs of answers that M2 wrote and graded itself
+    M2   M1 after DPO (section 5: a loss on pairs of a better and a worse answer) on pairs that M1
+         wrote and graded itself
+    M3   M2 after DPO on pairs that M2 wrote and graded itself
 
 The loop in pseudocode, simplified, with the function names and sections of this file:
 
@@ -24,12 +25,13 @@ The loop in pseudocode, simplified, with the function names and sections of this
             ref_chosen   = sequence_logprobs(model, prompt + chosen)     #             section 5
             ref_rejected = sequence_logprobs(model, prompt + rejected)
         for each batch of pairs:                                         # minimise    section 8
-            policy_chosen, policy_rejected = sequence_logprobs(model, ...), with gradients
+            policy_chosen, policy_rejected = the same for the batch, with gradients
             loss = dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
             loss = loss - 0.1 log p(chosen) + 4 sft_loss(a batch of the examples of grading)
             one step of AdamW
 
-The reference is the model as it was when the round began; the policy is the model in training.
+The reference is the model as it was when the round began; the policy is the model in training. The
+last two terms of the loss keep it from drifting, and from forgetting how to judge (sections 8, 11).
 
 To run it on a CPU:
 
@@ -45,9 +47,11 @@ files, resuming, several processes, the command line. Part I uses these function
     seeded(seed), combine_seeds       a block whose random draws depend on the seed alone
     pieces_by_tokens(lengths)         row numbers sorted by length, in pieces of bounded size
     progress(steps, title)            steps, with a progress bar
-    parallel_map, on_rank_zero        map(f, items), f(): several processes would share the work
-    sum_over_processes, sum_gradients_over_processes, rank_and_world_size
-                                      x, nothing, (0, 1) in a single process
+    parallel_map(f, items, title)     map(f, items), lazily; several processes would share the items
+    on_rank_zero(f)                   f(); one of several processes would call it for all
+    sum_over_processes(x)             x, in a single process
+    sum_gradients_over_processes(w)   does nothing in a single process
+    rank_and_world_size()             (0, 1) in a single process
     EarlyStopping, summary_of         keep the best weights; averages of metrics over updates
     JudgeReward, quoted_replies       judge() as a reward function; its last replies, for errors
     one_mistake, made_up_answer       text for the letter world
@@ -113,12 +117,13 @@ def require(condition, message):
 # 1. The task
 # --------------------------------------------------------------------------------------------------
 # We can study the loop only where answers can be scored exactly. In the letter world a program
-# scores every answer, with 0 to 5 points. We call that the TRUE SCORE.
+# scores every answer. An answer has five POINTS, 0 or 1 each; their sum is its TRUE SCORE. A
+# VERDICT is the text in which a judge gives points and score. A REWARD is the score that it gave.
 #
 # The task has what the loop needs. The demonstrations are mediocre, so there is something to gain.
 # A model that imitates them writes answers of varying quality, so the best of four is better than
 # their mean. And grading is easier than writing: to grade, the model compares an answer with its
-# prompt; to write, it must also draw every letter right.
+# prompt; to write, it must sample every letter right.
 
 INSTRUCTIONS = {
     "sort": lambda letters: "".join(sorted(letters)),
@@ -142,7 +147,8 @@ class LetterWorld:
     '11101 = 4'
 
     instructions: names from INSTRUCTIONS. n_eval: how many prompts are held out for evaluation.
-    Data are drawn from the seed and the name of their purpose: data sets do not affect each other.
+    Data are drawn from the seed and the name of their purpose: the size of one data set does not
+    change another. Two training sets may share prompts, but none has a held-out one.
     """
 
     POINTS = ("polite", "relevant", "complete", "ordered", "full stop")
@@ -196,9 +202,9 @@ class LetterWorld:
         return f"{''.join(map(str, points))} = {sum(points)}"
 
     def demonstrate(self, prompt, rng):
-        """A sloppy answer: half have letters swapped, lost or inserted, and most lack "Sure: " and
-        the full stop. They score 3 on average. So does the most likely answer of a model that
-        imitates them: all letters right (3 points), but no "Sure: " and no full stop."""
+        """A sloppy answer: half have letters swapped, lost or inserted, seven in ten lack "Sure: ",
+        and seven in ten the full stop. They score 3 on average. So does the most likely answer of a
+        model that imitates them: all letters right (3 points), no "Sure: " and no full stop."""
         body = self.target(prompt)
         for _ in range(rng.choice(3, p=(0.5, 0.3, 0.2))):  # 0, 1 or 2 mistakes
             body = one_mistake(body, self.letters, rng)
@@ -208,9 +214,9 @@ class LetterWorld:
         """An answer of any quality for a judge to practise on, with nonsense and attacks.
 
         Eight in ten have 0 to 4 mistakes, one is nonsense, one is an attack. A judge that has never
-        seen nonsense overrates it, and the model that it trains learns to write it. An attack goes
-        on in the format of the judge, who reads "? prompt, newline, answer, newline": the last line
-        of the wrong answer "b\\nSure: abcd." looks like a perfect one.
+        seen nonsense overrates it, and the model in training learns to write it. The judge sees
+        "? sort dbca\\n<answer>\\n". An attack is a wrong answer with a newline in it, such as
+        "b\\nSure: abcd.", whose last line looks like a perfect answer.
         """
         return made_up_answer(prompt, self.target(prompt), self.letters, rng)
 
@@ -230,13 +236,13 @@ class LetterWorld:
         return list(found)[n_held_out:]
 
     def demonstrations(self, n):
-        """(prompt, sloppy answer) pairs, to learn to answer; "IFT data" in [1]."""
+        """(prompt, sloppy answer) pairs, to learn to answer; [1] calls them IFT data."""
         rng = self.rng("demonstrate")
         prompts = self.prompts(n, "demonstrations")
         return [(prompt, self.demonstrate(prompt, rng)) for prompt in prompts]
 
     def judgements(self, n, model, tidy):
-        """(prompt, answer, verdict) triples, to learn to judge; "EFT data" in [1].
+        """(prompt, answer, verdict) triples, to learn to judge; [1] calls them EFT data.
 
         `model`, which is M0 in the recipe, writes three in ten of the answers, a quarter of them at
         each of four temperatures, because the annotators of [1] graded answers of a model too. The
@@ -274,7 +280,7 @@ class LetterWorld:
 EOS = 256  # end of sequence: the model has finished its answer; no text contains this id
 VOCAB_SIZE = 257
 PAD = -1  # not a token: marks the empty places of a batch; replaced before any model sees them
-# Functions that take a padded tensor have pad_id=PAD, for tensors that somebody else has padded.
+# Public functions that take a padded tensor have pad_id=PAD, for tensors that others have padded.
 
 
 def encode(text):
@@ -404,7 +410,7 @@ class ModelConfig:
 class Block(nn.Module):
     """Attention, then an MLP. Each reads a normalised copy of x and adds its result to x.
 
-    x (B, T, D) -> (B, T, D); rotations (T, D/2H, 2), see Transformer. In production: RMSNorm,
+    x (B, T, D) -> (B, T, D); rotations (T, D/(2H), 2), see Transformer. In production: RMSNorm,
     SwiGLU, grouped-query attention.
 
     >>> block = Block(ModelConfig(dim=8))
@@ -427,8 +433,8 @@ class Block(nn.Module):
         qkv = self.to_qkv(self.attention_norm(x))  # (B, T, 3D)
         qkv = rearrange(qkv, "b t (n h d) -> n b h t d", n=3, h=self.heads)  # (3, B, H, T, D/H)
         # RoPE (arXiv:2104.09864): treat pairs of features as complex numbers and rotate each by an
-        # angle proportional to its position. The dot product of a query and a key then depends on
-        # how far apart they are, not on where they are.
+        # angle proportional to its position. Turning a query by a and a key by b turns their
+        # product by a - b, so it depends on how far apart they are, not on where they are.
         real = torch.promote_types(x.dtype, torch.float32)  # bfloat16 has no complex numbers
         pairs = qkv[:2].to(real).unflatten(-1, (-1, 2))  # q and k: (2, B, H, T, D/2H, 2)
         rotated = torch.view_as_complex(pairs) * torch.view_as_complex(rotations.to(real))
@@ -441,8 +447,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A small decoder that fulfils the contract. `generator` draws its initial weights.
 
-    From the same weights it computes what GPT-NeoX computes in Hugging Face transformers
-    (sequential residual, no biases, exact GELU). ValueError if a row is longer than max_seq_len.
+    It computes what a GPT-NeoX of Hugging Face transformers computes from the same weights, once
+    they are reordered to its layout. ValueError if a row is longer than max_seq_len.
 
     >>> model = Transformer(ModelConfig(dim=8, depth=1))
     >>> model(torch.tensor([encode("sort")])).shape                        # (B, T) -> (B, T, V)
@@ -526,7 +532,7 @@ def top_p(logits, p):
     order = logits.argsort(dim=-1, descending=True, stable=True)  # (B, V), most likely first
     probs = logits.gather(-1, order).softmax(-1)
     mass_before = probs.cumsum(-1) - probs  # probability of all more likely tokens together
-    excluded = mass_before >= p  # they suffice without this token
+    excluded = mass_before >= p  # the more likely tokens already reach p
     excluded[..., 0] = False
     excluded = torch.zeros_like(excluded).scatter(-1, order, excluded)  # back to vocabulary order
     return logits.masked_fill(excluded, -math.inf)
@@ -535,9 +541,9 @@ def top_p(logits, p):
 def last_logits(model, ids):
     """Logits after the last token of each row, padded on the right with PAD: (B, T) -> (B, V).
 
-    Two economies. Equal rows share one forward pass: candidates of one prompt, and judgements of
-    one answer, begin alike. And rows run in pieces of about 4,096 tokens, sorted by length, so that
-    a piece has little padding and fits into a CPU's cache.
+    Two savings. Identical rows run once: at the first step all candidates of a prompt are the same,
+    and all judgements of an answer. And rows run in pieces of about 4,096 tokens, sorted by length,
+    so that a piece has little padding and fits into a CPU's cache.
 
     >>> uniform = lambda ids: torch.zeros(*ids.shape, 3)
     >>> last_logits(uniform, torch.tensor([[1, 2], [1, PAD]])).shape
@@ -554,7 +560,8 @@ def last_logits(model, ids):
         else:
             logits.append(model(piece)[torch.arange(len(n), device=n.device), n - 1])
     order = torch.tensor([row for piece in pieces for row in piece], device=ids.device)
-    return torch.cat(logits)[order.argsort()][group]  # argsort undoes a permutation
+    logits = torch.cat(logits)[order.argsort()]  # undo the sorting by length
+    return logits[group]  # and copy each row to all its duplicates
 
 
 def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None, eos_id=EOS,
@@ -565,7 +572,7 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
     A token is drawn from softmax(logit_filter(logits / temperature)); temperature=0 takes the most
     likely one. Generation of a row stops at EOS (with eos_id=None it never does), after
     max_new_tokens, or when the model's max_seq_len is reached. An EOS inside a prompt is an
-    ordinary token. The draws of a row do not depend on the other rows.
+    ordinary token. The draws of a row do not depend on what the other rows hold.
 
     Cost: B * new * (prompt + new) tokens run through the model. A KV cache would make it
     B * (prompt + new), at the price of memory and bookkeeping.
@@ -642,15 +649,18 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 # What DPO wants. We have two responses to a prompt x, and somebody preferred the "chosen" one. The
 # obvious loss, -log p(chosen) + log p(rejected), has no minimum: it pushes the rejected response
 # towards probability 0 and the model into nonsense. DPO starts from a goal that has an optimum:
-# maximise a reward r, but pay beta for every nat by which the policy pi leaves the reference ref,
+# maximise a reward r of responses y drawn from the policy pi, but pay beta for every nat by which
+# the policy leaves the reference ref:
 #
 #     max_pi  E[ r(x, y) ] - beta KL(pi || ref)
-#     solved by  pi(y|x) proportional to ref(y|x) exp(r(x, y) / beta)
+#     solved by  pi(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x)          Z makes the sum over y be 1
+#     or         r(x, y) = beta log pi(y|x) / ref(y|x) + beta log Z(x)
 #
-# Read backwards, every policy is the solution for the reward beta log pi(y|x) / ref(y|x), its
-# IMPLICIT REWARD (plus a constant for each prompt). So no reward model is trained. DPO fits the
-# policy itself, by logistic regression: the probability that the chosen response wins is
-# sigmoid(implicit reward of the chosen - implicit reward of the rejected).
+# So every policy is the best one for some reward, its IMPLICIT REWARD beta log pi / ref; no reward
+# model is needed. Now assume (Bradley-Terry) that y1 is preferred to y2 with probability
+# sigmoid(r(x, y1) - r(x, y2)). Z cancels in the difference, and DPO is the likelihood of the
+# preferences. (For one pair alone that has no minimum either, but its gradient fades as the margin
+# grows; contradicting preferences and few updates do the rest.)
 
 
 def row_lengths(ids, pad_id):
@@ -766,7 +776,7 @@ def spin_loss(policy_real, policy_generated, opponent_real, opponent_generated, 
 # 6. The judge
 # --------------------------------------------------------------------------------------------------
 # The same model is the judge. It is shown a prompt and a response in a judge prompt, and replies
-# with a verdict in words, from which a score is read. What usually goes wrong here: the score is
+# with a text, its verdict, from which a score is read. What usually goes wrong here: the score is
 # read from the response instead of the reply, or a reply without a score breaks the loop.
 
 _NUMBER = r"([+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+))"
@@ -782,7 +792,7 @@ class RewardConfig:
     reward_regex_template: what a verdict looks like: literal text with one {{ reward }}.
     parse_reward: a function reply -> score or None of your own, instead of that template.
     reward_range: (lowest, highest) score; a score outside counts as none.
-    ValueError for a template with missing, repeated or unknown variables.
+    ValueError for a template with missing or unknown variables, or with {{ reward }} twice.
 
     >>> config = RewardConfig("{{ prompt }} {{ response }}", "Score: {{ reward }}", None, (0, 5))
     >>> [config.parse(reply) for reply in ("Score: 1. No, score:4/5", "**Score:** 4", "Score: 50")]
@@ -822,7 +832,8 @@ class RewardConfig:
 
     def _last_number(self, reply):
         # Turn the template into a regular expression. Emphasis may stand between any two of its
-        # characters, and where it has white space there must be some.
+        # characters, and where it has white space there must be some. "Score: {{ reward }}" becomes
+        # S[*_`]*c[*_`]*o[*_`]*r[*_`]*e[*_`]*: then space, an opening quote or bracket, a number.
         def pattern(literal):
             words = [word for word in re.split(f"{_SPACE}+", literal) if word]
             return f"{_SPACE}+".join("[*_`]*".join(map(re.escape, word)) for word in words)
@@ -855,8 +866,8 @@ DEFAULT_REWARD_CONFIG = RewardConfig(
     Score: <total points, 0 to 5>
     """,
     reward_regex_template="Score: {{ reward }}", reward_range=(0, 5))
-"""For a real chat model. The points add up, as in Figure 2 of [1]: such a prompt agreed with people
-on 65 % of the pairs of answers, and choosing one of five descriptions agreed on 27 %."""
+"""For a real chat model. In [1] a judge that was asked to add up points agreed with people on 65 %
+of the pairs of answers; asked to choose one of five descriptions, on 27 %."""
 
 # The judge of the letter world (section 1) is short, because its model reads bytes.
 LetterWorld.JUDGE = RewardConfig("? {{ prompt }}\n{{ response }}\n", "= {{ reward }}",
@@ -902,7 +913,8 @@ def judge(model, reward_config, prompts, responses, *, encode=encode, decode=dec
 # For each prompt the model writes N candidates, somebody rewards them, and a picker chooses two.
 # It does not matter where rewards come from. The model itself, another model, or a program is
 #     reward_fn(prompts: list[str], responses: list[str]) -> (B,) rewards, NaN for "no opinion"
-# What usually goes wrong: a tie or a missing reward shifts the pairs of all later prompts.
+# What usually goes wrong: a prompt is skipped (tie, no reward), and from then on prompts are paired
+# with the answers to other prompts.
 
 
 class PreferencePair(NamedTuple):
@@ -969,7 +981,7 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
     sampling: max_new_tokens, temperature, logit_filter of sample().
 
     Returns the pairs and how many prompts ended in each way: pairs, unparsed (fewer than two
-    candidates have a reward), tied (no two rewards differ), invalid (equal tokens, or refused by
+    candidates have a reward), tied (the picker found no two), invalid (equal tokens, or refused by
     is_valid_pair). ValueError if there is no pair at all; a warning if there are too few.
 
     >>> reward = lambda prompts, responses: range(len(responses))          # the last one is best
@@ -993,10 +1005,10 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
         return [(ids[p], rows[p * n_candidates : (p + 1) * n_candidates], of_prompt)
                 for p, of_prompt in enumerate(rewards.split(n_candidates))]
 
-    # The first chunk is small, so that a judge that never gives a score is noticed soon.
+    # The first chunk is small: JudgeReward ends the stage if its answers get no score at all.
     chunks = [prompts[:4], *(prompts[at : at + 64] for at in range(4, len(prompts), 64))]
     pairs, counts = [], dict(pairs=0, unparsed=0, tied=0, invalid=0)
-    with seeded(seed):  # for pickers that draw
+    with seeded(seed):  # for pickers that draw; the block inside it restores its state
         for chunk in parallel_map(write_and_reward, list(enumerate(chunks)), "writing and judging"):
             for prompt, candidates, rewards in chunk:
                 picked = checked_pick(pick_pair(rewards), n_candidates)
@@ -1086,10 +1098,11 @@ def pair_logprobs(model, pairs):
 def preference_objective(pairs, loss_fn, nll_weight=0.0):
     """loss_fn of four log-probabilities (see dpo_loss), plus a likelihood term; count of pairs.
 
-        L = loss_fn(...) - nll_weight * log p(chosen)     after Eq. 1 of [5], a mean there
+        L = loss_fn(...) - nll_weight * log p(chosen)      after Eq. 1 of [5]
 
     Why the second term: DPO asks only that the chosen response gains on the rejected one. Both may
-    lose probability to text that occurs in no pair. A small weight prevents this.
+    lose probability to text that occurs in no pair. A small weight prevents this. ([5] divides
+    log p(chosen) by its number of tokens; here it is the sum.)
 
     >>> uniform = nn.Embedding.from_pretrained(torch.zeros(257, 257))      # ids -> logits 0
     >>> pairs = with_reference_logprobs(uniform, [PreferencePair(*torch.tensor([[7], [8], [9]]))])
@@ -1103,7 +1116,7 @@ def preference_objective(pairs, loss_fn, nll_weight=0.0):
         losses, *rewards = loss_fn(chosen, rejected, ref_chosen, ref_rejected)
         losses = losses - nll_weight * chosen
         return losses.sum(), len(batch), {
-            "reward_accuracy": (rewards[0] > rewards[1]).sum(),  # the policy prefers the chosen one
+            "reward_accuracy": (rewards[0] > rewards[1]).sum(),  # the chosen one has gained more
             "reward_margin": (rewards[0] - rewards[1]).sum(),
             "chosen_logprob": (chosen - ref_chosen).detach().sum(),  # change since the stage began
             "rejected_logprob": (rejected - ref_rejected).detach().sum()}
@@ -1115,7 +1128,7 @@ def with_reference_logprobs(model, pairs):
     model as it is now.
 
     These numbers are all that DPO needs of its reference, so no second model is kept, and nothing
-    can drift. Pairs go through the model in pieces of at most 4,096 tokens, whatever their lengths,
+    can drift. Pairs go through the model in pieces of about 4,096 tokens, whatever their lengths,
     because the logits of a piece take V numbers a token.
 
     >>> uniform = nn.Embedding.from_pretrained(torch.zeros(257, 257))
@@ -1287,10 +1300,10 @@ class SFTConfig(StageConfig):
 class SelfPlayConfig(StageConfig):
     """SPIN [3]: prefer each demonstration to what the model answers when the stage begins.
 
-    It pulls the model toward the demonstrations and cannot take it beyond them. Minimising exactly
-    multiplies log(p / p_data) by 1 - 1/lam (Theorem 5.4 of [3]): lam=1 arrives in one step, and
-    lam below 1/2 would diverge. The few updates of a round stop far short of that, so [3] can use
-    0.1; the recipe of section 11 uses 1.
+    It pulls the model toward the demonstrations and cannot take it beyond them. If a round were
+    trained to its exact optimum, log(p / p_data) would be multiplied by 1 - 1/lam (Theorem 5.4 of
+    [3]; p_data is the distribution of the demonstrations): lam=1 reaches it at once, and below 1/2
+    the rounds overshoot more and more. Real rounds stop early, so [3] can use 0.1.
 
     >>> SelfPlayConfig(train_dataset=[TextFormat().item("hi", "yo")]).lam
     0.1
@@ -1413,6 +1426,7 @@ class SelfRewardDPOConfig(RewardStageConfig):
     judge_logit_filter: Callable[[Tensor], Tensor] | None = None
 
     def run(self, model, context):
+        # The judge is reward_config, or the judge of that name, or the first one of the run.
         text, config = context.text, self.reward_config or next(iter(context.judges))
         if isinstance(config, str):
             known = ", ".join(context.judges)
@@ -1476,14 +1490,15 @@ def judging_metrics(truth, judged):
     judge_spearman   correlation of the ranks of true and judged scores, mean over the prompts
     judge_kendall    the same for the signs of all differences (Kendall's tau-b)
 
-    A judged NaN ties with everything. None where a number is not defined.
+    A judged NaN ties with everything in pairs and ranks, and counts as a miss otherwise. None where
+    a number is not defined.
 
     >>> judging_metrics(np.array([[1, 2, 3]]), np.array([[1, 3, 2]]))["judge_pairwise"]
     0.6666666666666666
     """
     # true_sign[p, i, j] says whether answer i to prompt p is better than answer j: 1, 0 or -1. Its
-    # row sum for i, how many answers it beats minus how many beat it, is a rank about the mean. So
-    # Spearman's correlation is the cosine of the row sums, and Kendall's that of the signs.
+    # row sum for i, how many answers it beats minus how many beat it, is twice (rank - mean rank).
+    # A correlation is the cosine of centred vectors: Spearman's of these, Kendall's of the signs.
     true_sign, judged_sign = (np.nan_to_num(np.sign(x[:, :, None] - x[:, None, :]))
                               for x in (truth, judged))
 
@@ -1513,7 +1528,7 @@ def head_to_head(scores, others):
 
 
 def measure(model, world, text, to_judge, previous_scores):
-    """What is measured after each stage: writing by the true score, judging against it.
+    """What is measured after each stage: writing by the true score ("oracle"), judging against it.
 
     to_judge: what world.to_judge returned, or None for a model that has not learned to judge.
     previous_scores: the `scores` (P, 5) of the model to be compared with, or None.
@@ -1537,7 +1552,7 @@ def measure(model, world, text, to_judge, previous_scores):
         found["self_score"] = float(grade(asked, answers).nanmean())
     if to_judge:  # your own data may have no held-out example
         prompts, responses, truth = zip(*to_judge)
-        shape = (-1, 5) if world.score else (1, -1)  # your own data: all in one comparison
+        shape = (-1, 5) if world.score else (1, -1)  # no true score (section 11): one comparison
         judged = grade(prompts, responses).numpy()
         found |= judging_metrics(np.reshape(truth, shape), np.reshape(judged, shape))
     is_nan = lambda value: isinstance(value, float) and math.isnan(value)
@@ -1557,14 +1572,17 @@ def measure(model, world, text, to_judge, previous_scores):
 #     to_judge(model)              -> [(prompt, answer, true score)]   five answers a prompt
 #     score(prompt, answer)        -> true score, 0 to 5; score = None if nobody knows it
 #
-# Two numbers below are not in the papers, and each has a failure behind it. REPLAY: a stage that
+# Two terms of the loss are not in [1], and each has a failure behind it. REPLAY: a stage that
 # trains on answers alone changes the weights that judge, and within a few rounds a small model
 # forgets how to judge, and with it loses its reward. So later stages rehearse the judging data of
-# M1, the very same examples. Their verdicts were written by the true score. So the true score
-# still shapes the judge in later stages, but it grades none of the answers written there.
-# LIKELIHOOD TERM: without it one seed in five drifts into text that occurs in no pair.
+# M1, the very same examples. So the true score still supplies the replayed verdicts, but it never
+# grades a new answer. LIKELIHOOD TERM, from [5]: without it one seed in five drifts into text that
+# occurs in no pair.
 #
-# train() in section 17 calls recipe_stages, runs the stages, and measures each model.
+# train() in section 17 puts this together, with files and a table:
+#     stages = recipe_stages(recipe, world, demonstrations, judgements)
+#     for record in run_stages(model, stages, Context(text, {"default": world.JUDGE}, seed)):
+#         print(measure(model, world, text, to_judge, previous_scores))
 
 
 def setting(default, quick, reason):
@@ -1598,8 +1616,8 @@ class Recipe:
     replay_weight: float = setting(4.0, None, "of the replayed judging data; 0: the judge forgets")
     n_candidates: int = setting(4, None, "answers to a prompt, as in [1]")
     judge_samples: int = setting(3, None, "judgements of an answer, as in [1]")
-    demonstrations: int = setting(3200, 1600, "size of the instruction data; 3,200 in [1]")
-    judgements: int = setting(12000, 1500, "size of the evaluation data; 1,630 in [1], for 70B")
+    demonstrations: int = setting(3200, 1600, "number of demonstrations; 3,200 in [1]")
+    judgements: int = setting(12000, 1500, "number of judgements; 1,630 in [1], for 70B")
     stage_prompts: int = setting(1000, 96, "prompts for a later stage; about 950 give a pair")
     eval_prompts: int = setting(200, 40, "held-out prompts, with five answers to each")
     tidy: bool = setting(False, None, "judging data without nonsense: a judge that can be fooled")
