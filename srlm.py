@@ -35,7 +35,7 @@ last two terms of the loss keep it from drifting, and from forgetting how to jud
 
 To run it on a CPU:
 
-    python srlm.py              # M0 to M3 in about a minute, with a table of how good they are
+    python srlm.py              # M0 to M3 in about two minutes, with a table of how good they are
     python srlm.py --quick      # the same with smaller numbers
     python srlm.py ask checkpoints/3.self-reward.pt "sort dbca"
 
@@ -64,7 +64,7 @@ Sources, cited as [1] to [5]:
     [4] arXiv:2402.04792  Online AI Feedback: another model as the judge
     [5] arXiv:2404.19733  Iterative Reasoning Preference Optimization: DPO with a likelihood term
 
-Left out of [1]: the pretrained 70B model (0.16M weights show the loop in a minute), prompts written
+Left out of [1]: the pretrained 70B model (0.16M weights show the loop in minutes), prompts written
 by a second model (a program draws them), filtering them for similarity, and dropout. Left out of
 [3]: losses other than the logistic one, and negatives kept from the round before. Left out
 everywhere: a KV cache and mixed precision, which would hide the algorithm.
