@@ -42,7 +42,7 @@ To run it on a CPU:
 Part I is the algorithm, in the order in which one would teach it. Part II is engineering: checks,
 files, resuming, several processes, the command line. Part I uses these functions of Part II:
 
-    require, check_..., checked_..., as_rewards   raise ValueError for a user's mistake
+    check_fields, checked_..., as_rewards     raise ValueError for a user's mistake
     evaluating(model)                 a block without gradients and in evaluation mode
     seeded(seed), combine_seeds       a block whose random draws depend on the seed alone
     pieces_by_tokens(lengths)         row numbers sorted by length, in pieces of bounded size
@@ -82,7 +82,7 @@ import re
 import textwrap
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -1113,11 +1113,11 @@ def preference_objective(pairs, loss_fn, nll_weight=0.0):
         chosen, rejected = pair_logprobs(model, batch)  # (B,) each
         ref_chosen = chosen.new_tensor([pair.ref_chosen for pair in batch])
         ref_rejected = chosen.new_tensor([pair.ref_rejected for pair in batch])
-        losses, *rewards = loss_fn(chosen, rejected, ref_chosen, ref_rejected)
+        losses, reward_chosen, reward_rejected = loss_fn(chosen, rejected, ref_chosen, ref_rejected)
         losses = losses - nll_weight * chosen
         return losses.sum(), len(batch), {
-            "reward_accuracy": (rewards[0] > rewards[1]).sum(),  # the chosen one has gained more
-            "reward_margin": (rewards[0] - rewards[1]).sum(),
+            "reward_accuracy": (reward_chosen > reward_rejected).sum(),  # chosen gained more
+            "reward_margin": (reward_chosen - reward_rejected).sum(),
             "chosen_logprob": (chosen - ref_chosen).detach().sum(),  # change since the stage began
             "rejected_logprob": (rejected - ref_rejected).detach().sum()}
     return Objective(pairs, loss)

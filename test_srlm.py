@@ -53,7 +53,6 @@ import itertools
 import json
 import math
 import os
-import random
 import re
 import shutil
 import signal
