@@ -612,7 +612,7 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
                 # exceeds the row's noise. (The draws of torch.multinomial depend on other rows.)
                 precise = torch.float32 if ids.device.type == "mps" else torch.float64
                 cumulated = logits.to(precise).softmax(-1).cumsum(-1)  # rises to 1
-                level = noise[active, step, None].to(precise) * cumulated[:, -1:]  # about 1
+                level = noise[active, step, None].to(precise) * cumulated[:, -1:]  # last: 1
                 tokens = torch.searchsorted(cumulated, level, right=True).squeeze(1)
             ids[active, lengths[active]] = tokens
             lengths[active] += 1
@@ -653,14 +653,14 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 # the policy leaves the reference ref:
 #
 #     max_pi  E[ r(x, y) ] - beta KL(pi || ref)
-#     solved by  pi(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x)          Z makes the sum over y be 1
-#     or         r(x, y) = beta log pi(y|x) / ref(y|x) + beta log Z(x)
+#     derivative zero:  pi(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x)   Z makes the sum over y be 1
+#     or                r(x, y) = beta log pi(y|x) / ref(y|x) + beta log Z(x)
 #
 # So every policy is the best one for some reward, its IMPLICIT REWARD beta log pi / ref; no reward
 # model is needed. Now assume (Bradley-Terry) that y1 is preferred to y2 with probability
 # sigmoid(r(x, y1) - r(x, y2)). Z cancels in the difference, and DPO is the likelihood of the
-# preferences. (For one pair alone that has no minimum either, but its gradient fades as the margin
-# grows; contradicting preferences and few updates do the rest.)
+# preferences. (On a single pair the DPO loss falls for ever too, but its gradient fades as the
+# margin grows, unlike that of the obvious loss.)
 
 
 def row_lengths(ids, pad_id):
@@ -1302,8 +1302,8 @@ class SelfPlayConfig(StageConfig):
 
     It pulls the model toward the demonstrations and cannot take it beyond them. If a round were
     trained to its exact optimum, log(p / p_data) would be multiplied by 1 - 1/lam (Theorem 5.4 of
-    [3]; p_data is the distribution of the demonstrations): lam=1 reaches it at once, and below 1/2
-    the rounds overshoot more and more. Real rounds stop early, so [3] can use 0.1.
+    [3]; p_data is the distribution of the demonstrations): lam=1 closes this gap in one round, and
+    below 1/2 the gap changes its sign and grows. Real rounds stop early, so [3] can use 0.1.
 
     >>> SelfPlayConfig(train_dataset=[TextFormat().item("hi", "yo")]).lam
     0.1
@@ -1498,7 +1498,7 @@ def judging_metrics(truth, judged):
     """
     # true_sign[p, i, j] says whether answer i to prompt p is better than answer j: 1, 0 or -1. Its
     # row sum for i, how many answers it beats minus how many beat it, is twice (rank - mean rank).
-    # A correlation is the cosine of centred vectors: Spearman's of these, Kendall's of the signs.
+    # Spearman is the cosine of these row sums, Kendall the cosine of the signs themselves.
     true_sign, judged_sign = (np.nan_to_num(np.sign(x[:, :, None] - x[:, None, :]))
                               for x in (truth, judged))
 
