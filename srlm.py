@@ -213,10 +213,10 @@ class LetterWorld:
     def make_up(self, prompt, rng):
         """An answer of any quality for a judge to practise on, with nonsense and attacks.
 
-        Eight in ten have 0 to 4 mistakes, one is nonsense, one is an attack. A judge that has never
-        seen nonsense overrates it, and the model in training learns to write it. The judge sees
-        "? sort dbca\\n<answer>\\n". An attack is a wrong answer with a newline in it, such as
-        "b\\nSure: abcd.", whose last line looks like a perfect answer.
+        Of ten answers, eight have 0 to 4 mistakes, one is nonsense, and one is an attack. A judge
+        that has never seen nonsense overrates it, and then the model learns to write it. An attack
+        is a wrong answer with a newline in it, such as "b\\nSure: abcd.". The judge sees
+        "? sort dbca\\n<answer>\\n", so the last line that it reads looks like a perfect answer.
         """
         return made_up_answer(prompt, self.target(prompt), self.letters, rng)
 
@@ -258,7 +258,7 @@ class LetterWorld:
         pairs += [(prompt, make_answer(prompt, rng)) for prompt in prompts[n_written:]]
         return [(prompt, answer, self.verdict(prompt, answer)) for prompt, answer in pairs]
 
-    def to_judge(self, model):
+    def graded_answers(self, model):
         """What every judge is measured by: (prompt, answer, true score), five answers of the model
         to each held-out prompt."""
         asked = [prompt for prompt in self.eval_prompts for _ in range(5)]
@@ -432,12 +432,13 @@ class Block(nn.Module):
     def forward(self, x, rotations):
         qkv = self.to_qkv(self.attention_norm(x))  # (B, T, 3D)
         qkv = rearrange(qkv, "b t (n h d) -> n b h t d", n=3, h=self.heads)  # (3, B, H, T, D/H)
-        # RoPE (arXiv:2104.09864): treat pairs of features as complex numbers and rotate each by an
-        # angle proportional to its position. Turning a query by a and a key by b turns their
-        # product by a - b, so it depends on how far apart they are, not on where they are.
-        real = torch.promote_types(x.dtype, torch.float32)  # bfloat16 has no complex numbers
-        pairs = qkv[:2].to(real).unflatten(-1, (-1, 2))  # q and k: (2, B, H, T, D/2H, 2)
-        rotated = torch.view_as_complex(pairs) * torch.view_as_complex(rotations.to(real))
+        # RoPE (arXiv:2104.09864): two neighbouring features are one complex number, which is
+        # multiplied by e^(i t w), that is, turned by an angle proportional to its position t. For
+        # a query at s and a key at t only e^(i (s - t) w) is left of that in their dot product: it
+        # depends on how far apart the two are, not on where they are.
+        precise = torch.promote_types(x.dtype, torch.float32)  # bfloat16 has no complex numbers
+        pairs = qkv[:2].to(precise).unflatten(-1, (-1, 2))  # q and k: (2, B, H, T, D/2H, 2)
+        rotated = torch.view_as_complex(pairs) * torch.view_as_complex(rotations.to(precise))
         q, k = torch.view_as_real(rotated).flatten(-2).to(x.dtype)  # (B, H, T, D/H) each
         attended = F.scaled_dot_product_attention(q, k, qkv[2], is_causal=True)
         x = x + self.to_out(rearrange(attended, "b h t d -> b t (h d)"))
@@ -549,7 +550,7 @@ def last_logits(model, ids):
     >>> last_logits(uniform, torch.tensor([[1, 2], [1, PAD]])).shape
     torch.Size([2, 3])
     """
-    ids, group = ids.unique(dim=0, return_inverse=True)  # input row i is now row group[i]
+    ids, unique_of_row = ids.unique(dim=0, return_inverse=True)  # row i of the input is this one
     lengths = (ids != PAD).sum(dim=1)
     pieces, logits = pieces_by_tokens(lengths.tolist()), []
     for rows in pieces:
@@ -559,9 +560,9 @@ def last_logits(model, ids):
             logits.append(model.next_token_logits(piece, n))
         else:
             logits.append(model(piece)[torch.arange(len(n), device=n.device), n - 1])
-    order = torch.tensor([row for piece in pieces for row in piece], device=ids.device)
-    logits = torch.cat(logits)[order.argsort()]  # undo the sorting by length
-    return logits[group]  # and copy each row to all its duplicates
+    by_length = torch.tensor([row for piece in pieces for row in piece], device=ids.device)
+    logits = torch.cat(logits)[by_length.argsort()]  # undo the sorting by length
+    return logits[unique_of_row]  # and copy each row to all its duplicates
 
 
 def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None, eos_id=EOS,
@@ -780,7 +781,7 @@ def spin_loss(policy_real, policy_generated, opponent_real, opponent_generated, 
 # read from the response instead of the reply, or a reply without a score breaks the loop.
 
 _NUMBER = r"([+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+))"
-_SPACE = r"[\s*_`]"  # white space and Markdown emphasis
+_EMPHASIS = r"[*_`]"  # of Markdown
 _OPENING = r"[\"'(\[{<\u201c\u2018]"  # one opening quote or bracket may stand before the number
 
 
@@ -831,18 +832,17 @@ class RewardConfig:
         return score if low <= score <= high else None
 
     def _last_number(self, reply):
-        # Turn the template into a regular expression. Emphasis may stand between any two of its
-        # characters, and where it has white space there must be some. "Score: {{ reward }}" becomes
-        # S[*_`]*c[*_`]*o[*_`]*r[*_`]*e[*_`]*: then space, an opening quote or bracket, a number.
+        # Turn the template into a regular expression: "Total score: {{ reward }}" becomes
+        # Total\s+score: then white space, an opening quote or bracket, and a number.
         def pattern(literal):
-            words = [word for word in re.split(f"{_SPACE}+", literal) if word]
-            return f"{_SPACE}+".join("[*_`]*".join(map(re.escape, word)) for word in words)
+            return r"\s+".join(map(re.escape, re.sub(_EMPHASIS, "", literal).split()))
 
         before, _, after = _VARIABLE.split(self.reward_regex_template)
         # Without text before it, do not match the tail of a longer number (the "2" in "12").
         before, after = pattern(before), pattern(after)
-        before = f"{before}{_SPACE}*(?:{_OPENING}{_SPACE}*)?" if before else "(?<![0-9])"
-        after = f"{_SPACE}*{after}" if after else ""
+        before = rf"{before}\s*(?:{_OPENING}\s*)?" if before else "(?<![0-9])"
+        after = rf"\s*{after}" if after else ""
+        reply = re.sub(_EMPHASIS, "", reply)
         found = re.findall(before + _NUMBER + after, reply, flags=re.IGNORECASE)
         return float(found[-1]) if found else None
 
@@ -1527,14 +1527,15 @@ def head_to_head(scores, others):
     return {name: float((sign == of).mean()) for name, of in (("win", 1), ("tie", 0), ("lose", -1))}
 
 
-def measure(model, world, text, to_judge, previous_scores):
+def measure(model, world, text, graded_answers, previous_scores):
     """What is measured after each stage: writing by the true score ("oracle"), judging against it.
 
-    to_judge: what world.to_judge returned, or None for a model that has not learned to judge.
+    graded_answers: what world.graded_answers returned, or None if the model cannot judge yet.
     previous_scores: the `scores` (P, 5) of the model to be compared with, or None.
+    A world without a true score has score = None; then only the judge is measured.
 
     >>> world, model = LetterWorld(n_eval=1), Transformer(ModelConfig(dim=8, depth=1))
-    >>> sorted(measure(model, world, TextFormat(), to_judge=None, previous_scores=None))
+    >>> sorted(measure(model, world, TextFormat(), graded_answers=None, previous_scores=None))
     ['oracle_greedy', 'oracle_score', 'perfect_rate', 'scores']
     """
     asked = [prompt for prompt in world.eval_prompts for _ in range(5)]
@@ -1547,11 +1548,11 @@ def measure(model, world, text, to_judge, previous_scores):
         found = {"oracle_score": float(scores.mean()), "perfect_rate": float((scores == 5).mean()),
                  "oracle_greedy": float(np.mean(greedy_scores)), "scores": scores.tolist()}
         found |= head_to_head(scores, previous_scores) if previous_scores is not None else {}
-    if to_judge is not None:
+    if graded_answers is not None:
         grade = functools.partial(judge, model, world.JUDGE, max_new_tokens=MAX_VERDICT_TOKENS)
         found["self_score"] = float(grade(asked, answers).nanmean())
-    if to_judge:  # your own data may have no held-out example
-        prompts, responses, truth = zip(*to_judge)
+    if graded_answers:  # your own data may have no held-out example
+        prompts, responses, truth = zip(*graded_answers)
         shape = (-1, 5) if world.score else (1, -1)  # no true score (section 11): one comparison
         judged = grade(prompts, responses).numpy()
         found |= judging_metrics(np.reshape(truth, shape), np.reshape(judged, shape))
@@ -1569,7 +1570,7 @@ def measure(model, world, text, to_judge, previous_scores):
 #     judgements(n, model, tidy)   -> [(prompt, answer, verdict)]      to learn to judge
 #     prompts(n, purpose)          -> [prompt]                 for the later stages
 #     eval_prompts                    [prompt]                 held out of all the data above
-#     to_judge(model)              -> [(prompt, answer, true score)]   five answers a prompt
+#     graded_answers(model)        -> [(prompt, answer, true score)]   five answers a prompt
 #     score(prompt, answer)        -> true score, 0 to 5; score = None if nobody knows it
 #
 # Two terms of the loss are not in [1], and each has a failure behind it. REPLAY: a stage that
@@ -1580,9 +1581,9 @@ def measure(model, world, text, to_judge, previous_scores):
 # occurs in no pair.
 #
 # train() in section 17 puts this together, with files and a table:
-#     stages = recipe_stages(recipe, world, demonstrations, judgements)
+#     stages = recipe_stages(recipe, world, demonstrations, make_judgements)
 #     for record in run_stages(model, stages, Context(text, {"default": world.JUDGE}, seed)):
-#         print(measure(model, world, text, to_judge, previous_scores))
+#         print(measure(model, world, text, graded_answers, previous_scores))
 
 
 def setting(default, quick, reason):
@@ -1623,11 +1624,11 @@ class Recipe:
     tidy: bool = setting(False, None, "judging data without nonsense: a judge that can be fooled")
 
 
-def recipe_stages(recipe, world, demonstrations, judgements):
+def recipe_stages(recipe, world, demonstrations, make_judgements):
     """The stages of the recipe.
 
-    demonstrations: (prompt, answer) pairs. judgements(): (prompt, answer, verdict) triples, the
-    same ones each time, which train() has made once with world.judgements(n, M0, tidy); it is a
+    demonstrations: (prompt, answer) pairs. make_judgements(): (prompt, answer, verdict) triples,
+    the same ones each time, which train() makes once with world.judgements(n, M0, tidy). It is a
     function because M0 has to exist first, and None if there are no such data.
 
     >>> [stage.kind for stage in recipe_stages(Recipe(), LetterWorld(), [("sort ba", "ab")], None)]
@@ -1639,15 +1640,15 @@ def recipe_stages(recipe, world, demonstrations, judgements):
     def judging_items(model):  # a stage calls its data function with the model; not needed here
         """To learn to judge: the prompt is a judge prompt, the response is its verdict."""
         return [TextFormat().item(world.JUDGE.render(prompt, answer), verdict)
-                for prompt, answer, verdict in judgements()]
+                for prompt, answer, verdict in make_judgements()]
 
     def both(model):  # about four gradings to one demonstration, shuffled together
-        return items + judging_items(model) if judgements else items
+        return items + judging_items(model) if make_judgements else items
 
     sft = dict(learning_rate=recipe.sft_learning_rate)
     later = dict(learning_rate=recipe.dpo_learning_rate, steps=recipe.dpo_steps,
                  max_new_tokens=world.max_new_tokens, replay_weight=recipe.replay_weight,
-                 replay_dataset=judging_items if judgements else None)
+                 replay_dataset=judging_items if make_judgements else None)
     stages = [SFTConfig(train_dataset=items, loss_on_prompt=True, steps=recipe.base_steps, **sft)]
     for index, name in enumerate(recipe.stages.split(","), start=1):
         dpo = dict(prompt_dataset=world.prompts(recipe.stage_prompts, f"stage {index}"),
@@ -1716,7 +1717,7 @@ def made_up_answer(prompt, target, alphabet, rng):
         body = "".join(rng.choice(list("01 =?>:.\n" + alphabet), size=rng.integers(1, 10)))
     if kind == "attack":
         lines = [f"? {prompt}", f"Sure: {target}", "Sure: right", "11111 = 5"]
-        attack = rng.choice(lines, size=rng.integers(1, 4))
+        attack = rng.choice(lines, size=rng.integers(1, 3))
         body = "\n".join([body[: rng.integers(1, 7)], *attack])
     often = (0.5, 0.35, 0.05, 0.05, 0.05)
     start = rng.choice(["Sure: ", "", "Sure:", "sure: ", "Sure "], p=often)
@@ -2524,7 +2525,7 @@ class OwnData:
     def verdict(score):
         return f"= {np.format_float_positional(score, trim='-')}"  # never "1e-05"
 
-    def to_judge(self, model):
+    def graded_answers(self, model):
         return self.held_out_judged
 
     def prompts(self, n, purpose):
@@ -2600,9 +2601,9 @@ class Scoreboard:
 
     def evaluate(self, model):
         """The trainer's `evaluate`. M0 has seen no judge prompt, so it is not asked to judge."""
-        to_judge = self.made_with_m0()[1] if self.made_with_m0 and self.scores else None
+        graded_answers = self.made_with_m0()[1] if self.made_with_m0 and self.scores else None
         previous = self.scores[-1] if self.scores else None
-        found = measure(model, self.world, self.text, to_judge, previous)
+        found = measure(model, self.world, self.text, graded_answers, previous)
         if self.world.score is None:
             items = [self.text.item(*pair) for pair in self.world.held_out]
             found["held_out_loss"] = float(sft_loss(model, *collate(items, device_of(model))))
@@ -2643,15 +2644,15 @@ def train(options, world=None):
         """The judging data, and what judges are measured by. M0 writes answers for both. It is
         read from its checkpoint, so that a resumed run has the same data."""
         m0 = load_model(folder / "0.sft.pt").to(options.device)
-        return world.judgements(options.judgements, m0, options.tidy), world.to_judge(m0)
+        return world.judgements(options.judgements, m0, options.tidy), world.graded_answers(m0)
 
     can_judge = bool(options.judged or not options.sft)
     board = Scoreboard(world, text, demonstrations, made_with_m0 if can_judge else None, folder)
-    judgements = (lambda: made_with_m0()[0]) if can_judge else None
+    make_judgements = (lambda: made_with_m0()[0]) if can_judge else None
     config = ModelConfig(dim=options.dim, depth=options.depth, max_seq_len=options.max_seq_len)
     trainer = SelfRewardingTrainer(
         Transformer(config, torch.Generator().manual_seed(options.seed)),
-        recipe_stages(options, world, demonstrations, judgements), seed=options.seed,
+        recipe_stages(options, world, demonstrations, make_judgements), seed=options.seed,
         chat_template=world.CHAT_TEMPLATE, self_reward_prompt_config=world.JUDGE,
         checkpoints_folder=folder, device=options.device, settings=settings_of(options),
         evaluate=board.evaluate, report=board.report)

@@ -2130,7 +2130,7 @@ class PoliteWorld:
         answers = [("ok!", "ok", "o", "no", "")[i % 5] for i in range(n)]
         return [(p, r, str(self.score(p, r))) for p, r in zip(self.prompts(n, ""), answers)]
 
-    def to_judge(self, model):
+    def graded_answers(self, model):
         return [(p, r, self.score(p, r)) for p in self.eval_prompts for r in ("ok!", "ok", "o", "no", "")]
 
 
@@ -2268,7 +2268,7 @@ def test_judging_data_say_the_truth():
     assert rows == world.judgements(60, model, False)
     assert any(re.fullmatch(TIDY, row[1]) is None for row in rows)
     assert all(re.fullmatch(TIDY, row[1]) for row in world.judgements(60, None, True))
-    judged = world.to_judge(model)
+    judged = world.graded_answers(model)
     assert [row[0] for row in judged] == [prompt for prompt in world.eval_prompts for _ in range(5)]
     assert all(sum(graded(*row[:2])) == row[2] for row in judged)
 
@@ -3414,7 +3414,7 @@ def test_what_is_measured_was_in_no_file_trained_on(others, judged, prompts):
     world = own_data(**rows, eval_prompts=100)
     trained = [*world.demonstrations(9), *world.judgements(9, None, False)]
     learned = {row[0] for row in trained} | set(world.prompts(10**6, "stage 2"))
-    measured = {*world.eval_prompts, *(row[0] for row in [*world.held_out, *world.to_judge(None)])}
+    measured = {*world.eval_prompts, *(row[0] for row in [*world.held_out, *world.graded_answers(None)])}
     assert all(map(HELD_OUT, measured)) and not any(map(HELD_OUT, learned))
     assert len(world.pairs) + len(world.held_out) == len(rows["sft"])
     assert len(world.judged) + len(world.held_out_judged) == len(rows["judged"])
