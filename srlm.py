@@ -571,14 +571,16 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
 
     prompts: 1-D rows of any lengths, or a (B, T) tensor padded with pad_id on either side.
     A token is drawn from softmax(logit_filter(logits / temperature)); temperature=0 takes the most
-    likely one. Generation of a row stops at EOS (with eos_id=None it never does), after
-    max_new_tokens, or when the model's max_seq_len is reached. An EOS inside a prompt is an
-    ordinary token. The draws of a row do not depend on what the other rows hold.
+    likely one of logit_filter(logits). Generation of a row stops at EOS (with eos_id=None it never
+    does), after max_new_tokens, or when prompt and answer together have the model's max_seq_len
+    tokens. An EOS inside a prompt is an ordinary token. The draws of a row do not depend on what
+    the other rows hold.
 
     Cost: B * new * (prompt + new) tokens run through the model. A KV cache would make it
     B * (prompt + new), at the price of memory and bookkeeping.
 
-    ValueError: an empty prompt, one without room for a new token, NaN or infinite logits.
+    ValueError: an empty prompt or one without room for a new token, max_new_tokens < 1,
+    temperature < 0, logits with NaN or +inf, or nothing but -inf.
 
     >>> class CountUp(nn.Module):                     # after token i comes token i + 1
     ...     def forward(self, ids):
@@ -605,7 +607,7 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
             logits = logits / temperature if temperature > 0 else logits
             logits = logits if logit_filter is None else logit_filter(logits)
             require(bool(logits.amax(-1).isfinite().all()),
-                    f"sample: NaN or infinite logits at new token {step}")
+                    f"sample: NaN, +inf or only -inf in the logits at new token {step}")
             if temperature == 0:
                 tokens = logits.argmax(-1)
             else:
@@ -679,7 +681,8 @@ def row_lengths(ids, pad_id):
 def token_logprobs(model, ids, pad_id=PAD):
     """log p(ids[:, t+1] | ids[:, :t+1]) at index t: (B, T) -> (B, T-1), in nats.
 
-    Padding is replaced by 0 before the model is called. The result is float32 or wider whatever the
+    Padding is the run of pad_id at the end of a row; pad_id elsewhere is an ordinary token. It is
+    replaced by 0 before the model is called. The result is float32 or wider whatever the
     dtype of the model: a sum over 200 tokens in bfloat16 would be off by 2 nats.
 
     >>> uniform = lambda ids: torch.zeros(*ids.shape, 4)
@@ -697,6 +700,7 @@ def token_logprobs(model, ids, pad_id=PAD):
 def response_mask(ids, prompt_lens, pad_id=PAD):
     """True at index t if token t + 1 belongs to the response: (B, T), (B,) -> (B, T-1) bool.
 
+    Padding, the run of pad_id at the end of a row, does not; pad_id elsewhere is an ordinary token.
     The first token of a row is never predicted, so prompt_len 0 means the same as 1.
 
     >>> response_mask(torch.tensor([[5, 6, 7, 8, EOS, PAD]]), torch.tensor([2]))
@@ -823,7 +827,7 @@ class RewardConfig:
         """The score of the LAST verdict in the reply, or None. Never raises (parse_reward may).
 
         Case, the amount of white space, Markdown emphasis, and one opening bracket or quote before
-        the number do not matter.
+        the number do not matter; white space between literal text and the number may be missing.
         """
         score = self.parse_reward(reply) if self.parse_reward else self._last_number(reply)
         if score is None or not math.isfinite(score):
@@ -842,6 +846,7 @@ class RewardConfig:
         before, after = pattern(before), pattern(after)
         before = rf"{before}\s*(?:{_OPENING}\s*)?" if before else "(?<![0-9])"
         after = rf"\s*{after}" if after else ""
+        reply = re.sub(rf"([0-9]){_EMPHASIS}+(?=[0-9])", r"\1 ", reply)  # "4**5" is two numbers
         reply = re.sub(_EMPHASIS, "", reply)
         found = re.findall(before + _NUMBER + after, reply, flags=re.IGNORECASE)
         return float(found[-1]) if found else None
@@ -976,6 +981,7 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
                          **sampling):
     """Write N candidates for each prompt, reward them, and pick one pair of each prompt.
 
+    Prompts are answered in order, in chunks: reward_fn gets all N candidates of a prompt at once.
     n_pairs: stop when there are so many; None: one pass over all prompts.
     is_valid_pair(chosen_reward, rejected_reward): chosen > rejected unless you say otherwise.
     sampling: max_new_tokens, temperature, logit_filter of sample().
@@ -984,11 +990,11 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
     candidates have a reward), tied (the picker found no two), invalid (equal tokens, or refused by
     is_valid_pair). ValueError if there is no pair at all; a warning if there are too few.
 
-    >>> reward = lambda prompts, responses: range(len(responses))          # the last one is best
+    >>> reward = lambda prompts, responses: [i % 4 for i in range(len(responses))]
     >>> model = Transformer(ModelConfig(dim=8, depth=1))
     >>> pairs, counts = generate_preferences(model, ["hi", "ho"], reward, max_new_tokens=9)
     >>> [(pair.chosen_reward, pair.rejected_reward) for pair in pairs], counts["tied"]
-    ([(3.0, 0.0), (7.0, 4.0)], 0)
+    ([(3.0, 0.0), (3.0, 0.0)], 0)
     """
     require(n_candidates >= 2, f"n_candidates={n_candidates} is not 2 or more")
     is_valid_pair = is_valid_pair or (lambda chosen, rejected: chosen > rejected)
@@ -1483,15 +1489,16 @@ def run_stages(model, stages, context, first=0):
 def judging_metrics(truth, judged):
     """How well `judged` follows `truth`, both (P, N) scores: the five columns of Table 4 in [1].
 
-    judge_pairwise   share of the pairs of answers with different true scores that are put in the
-                     right order; a tie of judged scores is half a hit
-    judge_best5      share of the prompts whose favourite answer is one of the truly best
+    judge_pairwise   of all pairs of answers to one prompt with different true scores, the share
+                     put in the right order; a tie of judged scores is half a hit
+    judge_best5      share of the prompts whose favourite answer, the first one with the highest
+                     judged score, is one of the truly best
     judge_exact      share of the answers whose judged score, rounded, is the true score
     judge_spearman   correlation of the ranks of true and judged scores, mean over the prompts
     judge_kendall    the same for the signs of all differences (Kendall's tau-b)
 
-    A judged NaN ties with everything in pairs and ranks, and counts as a miss otherwise. None where
-    a number is not defined.
+    A judged NaN ties with everything in pairs and ranks, and counts as a miss otherwise. A mean is
+    taken over the prompts for which the number is defined; None if there is no such prompt.
 
     >>> judging_metrics(np.array([[1, 2, 3]]), np.array([[1, 3, 2]]))["judge_pairwise"]
     0.6666666666666666
@@ -1507,11 +1514,13 @@ def judging_metrics(truth, judged):
         defined = norms > 0
         return float(((a * b).sum(1)[defined] / norms[defined]).mean()) if defined.any() else None
 
-    best = np.nan_to_num(judged, nan=-np.inf).argmax(1)  # (P,) the judge's favourite
+    favourite = np.nan_to_num(judged, nan=-np.inf).argmax(1)  # (P,)
+    has_favourite = ~np.isnan(judged).all(1)
+    is_best = truth[np.arange(len(truth)), favourite] == truth.max(1)
     differ = true_sign != 0
     hits = ((true_sign * judged_sign)[differ] + 1) / 2  # 1 right, 0 wrong, 1/2 tied
     return {"judge_pairwise": float(hits.mean()) if differ.any() else None,
-            "judge_best5": float((truth[np.arange(len(truth)), best] == truth.max(1)).mean()),
+            "judge_best5": float((is_best & has_favourite).mean()),
             "judge_exact": float((np.round(judged) == truth).mean()),
             "judge_spearman": cosine(true_sign.sum(2), judged_sign.sum(2)),
             "judge_kendall": cosine(*(s.reshape(len(s), -1) for s in (true_sign, judged_sign)))}
@@ -2575,9 +2584,10 @@ def make_world(options):
 
 
 def settings_of(options):
-    """What a resumed run must share with the run that it continues."""
-    may_differ = ("stages", "device", "checkpoints", "quick", "resume", "overwrite")
-    settings = {key: value for key, value in vars(options).items() if key not in may_differ}
+    """What a resumed run must share with the run that it continues, beyond the finished stages."""
+    must_agree = ("dim", "depth", "max_seq_len", "demonstrations", "judgements", "eval_prompts",
+                  "tidy", "instructions", "skip_long")
+    settings = {name: getattr(options, name) for name in must_agree}
     for flag in ("sft", "judged", "prompts"):
         path = getattr(options, flag)
         settings[f"contents of --{flag}"] = zlib.crc32(Path(path).read_bytes()) if path else None
