@@ -293,7 +293,8 @@ def encode(text):
 
 
 def decode(ids):
-    """The text of token ids. Drops EOS and PAD, and never raises: invalid UTF-8 becomes U+FFFD.
+    """The text of token ids. Drops what is no byte, such as EOS and PAD, and never raises: invalid
+    UTF-8 becomes U+FFFD.
 
     >>> decode([97, 98, EOS, PAD])
     'ab'
@@ -569,7 +570,8 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
            pad_id=PAD, generator=None):
     """Continue each prompt; return the NEW tokens of each, EOS included.
 
-    prompts: 1-D rows of any lengths, or a (B, T) tensor padded with pad_id on either side.
+    prompts: 1-D rows of any lengths, without padding, or a (B, T) tensor padded with pad_id on
+    either side.
     A token is drawn from softmax(logit_filter(logits / temperature)); temperature=0 takes the most
     likely one of logit_filter(logits). Generation of a row stops at EOS (with eos_id=None it never
     does), after max_new_tokens, or when prompt and answer together have the model's max_seq_len
@@ -824,8 +826,10 @@ class RewardConfig:
         return render(self.prompt_template, prompt=prompt, response=response)
 
     def parse(self, reply):
-        """The score of the LAST verdict in the reply, or None. Never raises (parse_reward may).
+        """The score of the LAST verdict in the reply; None if there is no verdict, or if its score is
+        outside reward_range, whatever stands before. Never raises (parse_reward may).
 
+        A score is a decimal number with ASCII digits, such as 4, -1, 2.5 or .5.
         Case, the amount of white space, Markdown emphasis, and one opening bracket or quote before
         the number do not matter; white space between literal text and the number may be missing.
         """
@@ -982,7 +986,7 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
     """Write N candidates for each prompt, reward them, and pick one pair of each prompt.
 
     Prompts are answered in order, in chunks: reward_fn gets all N candidates of a prompt at once.
-    n_pairs: stop when there are so many; None: one pass over all prompts.
+    n_pairs: stop when there are so many. There is never more than one pass over the prompts.
     is_valid_pair(chosen_reward, rejected_reward): chosen > rejected unless you say otherwise.
     sampling: max_new_tokens, temperature, logit_filter of sample().
 
