@@ -5,7 +5,7 @@ more probability to the answer it graded best and less to the one it graded wors
 makes its answers better than the demonstrations it learned from, as long as its grades are right
 more often than wrong.
 
-    M0   the base model: trained on whole texts, prompts and answers alike
+    M0   the base model: it learns the demonstrations as plain texts, prompts and answers alike
     M1   M0 after supervised fine-tuning (SFT) on demonstrations, and on examples of grading, in
          which a program has written the grade of an answer
     M2   M1 after DPO (section 5: a loss on pairs of a better and a worse answer) on pairs that M1
@@ -40,9 +40,11 @@ To run it on a CPU:
     python srlm.py ask checkpoints/3.self-reward.pt "sort dbca"
 
 Part I is the algorithm, in the order in which one would teach it. Part II is engineering: checks,
-files, resuming, several processes, the command line. Part I uses these functions of Part II:
+files, resuming, several processes, the command line. Part I uses these functions of Part II; skip
+the list now, and come back to it when you meet one of them:
 
-    check_fields, checked_..., as_rewards     raise ValueError for a user's mistake
+    check_fields, as_rewards          raise ValueError for a user's mistake
+    checked_items (_prompts, _pairs)  all entries of a data set, or ValueError for the first bad one
     evaluating(model)                 a block without gradients and in evaluation mode
     seeded(seed), combine_seeds       a block whose random draws depend on the seed alone
     pieces_by_tokens(lengths)         row numbers sorted by length, in pieces of bounded size
@@ -55,7 +57,7 @@ files, resuming, several processes, the command line. Part I uses these function
     EarlyStopping, summary_of         keep the best weights; averages of metrics over updates
     JudgeReward, quoted_replies       judge() as a reward function; its last replies, for errors
     one_mistake, made_up_answer       text for the letter world
-    device_of, save_pairs, stage_named     where a model is; write a file; name a stage in errors
+    device_of, save_pairs, load_pairs, stage_named    where a model is; pairs as a file; for errors
 
 Sources, cited as [1] to [5]:
     [1] arXiv:2401.10020  Self-Rewarding Language Models: the loop, its judge, its figures
@@ -116,8 +118,8 @@ def require(condition, message):
 # --------------------------------------------------------------------------------------------------
 # 1. The task
 # --------------------------------------------------------------------------------------------------
-# We can study the loop only where answers can be scored exactly. In the letter world a program
-# scores every answer. An answer has five POINTS, 0 or 1 each; their sum is its TRUE SCORE. A
+# Whether the loop works is easiest to see where a program can score every answer exactly, as in
+# this letter world. An answer has five POINTS, 0 or 1 each; their sum is its TRUE SCORE. A
 # VERDICT is the text in which a judge gives points and score. A REWARD is the score that it gave.
 #
 # The task has what the loop needs. The demonstrations are mediocre, so there is something to gain.
@@ -153,7 +155,7 @@ class LetterWorld:
 
     POINTS = ("polite", "relevant", "complete", "ordered", "full stop")
     CHAT_TEMPLATE = "> {{ prompt }}\n"  # what the model sees before it answers
-    JUDGE: RewardConfig  # what it sees before it grades; set in section 6
+    JUDGE: RewardConfig  # what it sees before it grades, "? prompt\\nanswer\\n"; set in section 6
     max_new_tokens = 16  # of an answer; a perfect one has 14 tokens at most
     letters = "abcdefgh"
     sizes = (4, 5, 6)  # a prompt has 4, 5 or 6 different letters
@@ -204,7 +206,7 @@ class LetterWorld:
     def demonstrate(self, prompt, rng):
         """A sloppy answer: half have letters swapped, lost or inserted, seven in ten lack "Sure: ",
         and seven in ten the full stop. They score 3 on average. So does the most likely answer of a
-        model that imitates them: all letters right (3 points), no "Sure: " and no full stop."""
+        model that imitates them: relevant, complete and ordered, without "Sure: " and full stop."""
         body = self.target(prompt)
         for _ in range(rng.choice(3, p=(0.5, 0.3, 0.2))):  # 0, 1 or 2 mistakes
             body = one_mistake(body, self.letters, rng)
@@ -221,7 +223,7 @@ class LetterWorld:
         return made_up_answer(prompt, self.target(prompt), self.letters, rng)
 
     def rng(self, purpose):
-        return np.random.default_rng([self.seed, *encode(purpose)])
+        return np.random.default_rng([self.seed, *encode(purpose)])  # the name as numbers
 
     def prompts(self, n, purpose):
         """n different prompts, none of them held out. ValueError if there are not so many."""
@@ -236,13 +238,15 @@ class LetterWorld:
         return list(found)[n_held_out:]
 
     def demonstrations(self, n):
-        """(prompt, sloppy answer) pairs, to learn to answer; [1] calls them IFT data."""
+        """(prompt, sloppy answer) pairs, to learn to answer; IFT data (instruction
+        fine-tuning) in [1]."""
         rng = self.rng("demonstrate")
         prompts = self.prompts(n, "demonstrations")
         return [(prompt, self.demonstrate(prompt, rng)) for prompt in prompts]
 
     def judgements(self, n, model, tidy):
-        """(prompt, answer, verdict) triples, to learn to judge; [1] calls them EFT data.
+        """(prompt, answer, verdict) triples, to learn to judge; EFT data (evaluation
+        fine-tuning) in [1].
 
         `model`, which is M0 in the recipe, writes three in ten of the answers, a quarter of them at
         each of four temperatures, because the annotators of [1] graded answers of a model too. The
@@ -266,9 +270,9 @@ class LetterWorld:
         return [(prompt, answer, self.score(prompt, answer)) for prompt, answer in pairs]
 
     def write(self, model, prompts, temperature):
-        text, generator = TextFormat(chat_template=self.CHAT_TEMPLATE), torch.Generator()
-        return respond(model, prompts, text, self.max_new_tokens, temperature,
-                       generator.manual_seed(combine_seeds(self.seed, round(10 * temperature))))
+        text, seed = TextFormat(chat_template=self.CHAT_TEMPLATE), round(10 * temperature)
+        generator = torch.Generator().manual_seed(combine_seeds(self.seed, seed))
+        return respond(model, prompts, text, self.max_new_tokens, temperature, generator)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -280,7 +284,7 @@ class LetterWorld:
 EOS = 256  # end of sequence: the model has finished its answer; no text contains this id
 VOCAB_SIZE = 257
 PAD = -1  # not a token: marks the empty places of a batch; replaced before any model sees them
-# Public functions that take a padded tensor have pad_id=PAD, for tensors that others have padded.
+# Functions that take a padded tensor have pad_id=PAD: pass the id that your own code pads with.
 
 
 def encode(text):
@@ -343,13 +347,14 @@ class TextFormat:
     (tensor([ 62,  32, 104, 105,  58, 121, 111, 256]), 5)
     """
 
+    # Functions that are stored in an instance, as here, are called without self.
     encode: Callable[[str], Sequence[int] | Tensor] = encode
     decode: Callable[[Tensor], str] = decode
     chat_template: str = "{{ prompt }}"
     eos_id: int | None = EOS
 
     def __post_init__(self):
-        check_template("chat_template", self.chat_template, ["prompt"])
+        check_template("chat_template", self.chat_template, ["prompt"])  # its indentation stays
 
     def ids(self, text):
         """Token ids of a text, 1-D."""
@@ -434,9 +439,9 @@ class Block(nn.Module):
         qkv = self.to_qkv(self.attention_norm(x))  # (B, T, 3D)
         qkv = rearrange(qkv, "b t (n h d) -> n b h t d", n=3, h=self.heads)  # (3, B, H, T, D/H)
         # RoPE (arXiv:2104.09864): two neighbouring features are one complex number, which is
-        # multiplied by e^(i t w), that is, turned by an angle proportional to its position t. For
-        # a query at s and a key at t only e^(i (s - t) w) is left of that in their dot product: it
-        # depends on how far apart the two are, not on where they are.
+        # multiplied by e^(i t w), that is, turned by an angle proportional to its position t. A
+        # dot product multiplies one number by the conjugate of the other. So of a query at s and a
+        # key at t it keeps e^(i (s - t) w): how far apart the two are, not where they are.
         precise = torch.promote_types(x.dtype, torch.float32)  # bfloat16 has no complex numbers
         pairs = qkv[:2].to(precise).unflatten(-1, (-1, 2))  # q and k: (2, B, H, T, D/2H, 2)
         rotated = torch.view_as_complex(pairs) * torch.view_as_complex(rotations.to(precise))
@@ -543,15 +548,16 @@ def top_p(logits, p):
 def last_logits(model, ids):
     """Logits after the last token of each row, padded on the right with PAD: (B, T) -> (B, V).
 
-    Two savings. Identical rows run once: at the first step all candidates of a prompt are the same,
-    and all judgements of an answer. And rows run in pieces of about 4,096 tokens, sorted by length,
-    so that a piece has little padding and fits into a CPU's cache.
+    Two savings. Identical rows run once: at the first step the N candidates of a prompt are the
+    same row, and so are the judge prompts of an answer that is judged several times. And rows run in
+    pieces of about 4,096 tokens, sorted by length, so that a piece has little padding and fits into
+    a CPU's cache.
 
     >>> uniform = lambda ids: torch.zeros(*ids.shape, 3)
     >>> last_logits(uniform, torch.tensor([[1, 2], [1, PAD]])).shape
     torch.Size([2, 3])
     """
-    ids, unique_of_row = ids.unique(dim=0, return_inverse=True)  # row i of the input is this one
+    ids, unique_of_row = ids.unique(dim=0, return_inverse=True)  # row i is now ids[unique_of_row[i]]
     lengths = (ids != PAD).sum(dim=1)
     pieces, logits = pieces_by_tokens(lengths.tolist()), []
     for rows in pieces:
@@ -617,7 +623,8 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
                 # exceeds the row's noise. (The draws of torch.multinomial depend on other rows.)
                 precise = torch.float32 if ids.device.type == "mps" else torch.float64
                 cumulated = logits.to(precise).softmax(-1).cumsum(-1)  # rises to 1
-                level = noise[active, step, None].to(precise) * cumulated[:, -1:]  # last: 1
+                total = cumulated[:, -1:]  # 1, up to rounding
+                level = noise[active, step, None].to(precise) * total
                 tokens = torch.searchsorted(cumulated, level, right=True).squeeze(1)
             ids[active, lengths[active]] = tokens
             lengths[active] += 1
@@ -652,26 +659,30 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 #     the mask    only tokens of the response count, EOS included, prompt and padding excluded
 #
 # What DPO wants. We have two responses to a prompt x, and somebody preferred the "chosen" one. The
-# obvious loss, -log p(chosen) + log p(rejected), has no minimum: it pushes the rejected response
-# towards probability 0 and the model into nonsense. DPO starts from a goal that has an optimum:
-# maximise a reward r of responses y drawn from the policy pi, but pay beta for every nat by which
-# the policy leaves the reference ref:
+# obvious loss, -log p(chosen) + log p(rejected), pushes the rejected response towards probability 0
+# with a force that never fades, and the model into nonsense. DPO starts from a goal that has an
+# optimum: maximise a reward r of responses y drawn from the policy pi, but pay beta for every nat
+# by which the policy leaves the reference ref:
 #
 #     max_pi  E[ r(x, y) ] - beta KL(pi || ref)
-#     derivative zero:  pi(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x)   Z makes the sum over y be 1
-#     or                r(x, y) = beta log pi(y|x) / ref(y|x) + beta log Z(x)
 #
-# So every policy is the best one for some reward, its IMPLICIT REWARD beta log pi / ref; no reward
-# model is needed. Now assume (Bradley-Terry) that y1 is preferred to y2 with probability
-# sigmoid(r(x, y1) - r(x, y2)). Z cancels in the difference, and DPO is the likelihood of the
-# preferences. (On a single pair the DPO loss falls for ever too, but its gradient fades as the
-# margin grows, unlike that of the obvious loss.)
+# Set its derivative by each pi(y|x) to zero, with a multiplier m(x) that keeps the sum over y at 1:
+#
+#     r(x, y) - beta (log pi(y|x) / ref(y|x) + 1) - m(x) = 0
+#     pi(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x)                  Z makes the sum over y be 1
+#     r(x, y) = beta log pi(y|x) / ref(y|x) + beta log Z(x)
+#
+# So every policy is the best one for some reward: beta log pi / ref, its IMPLICIT REWARD, up to a
+# term of x alone. No reward model is needed. Now assume (Bradley-Terry) that y1 is preferred to y2
+# with probability sigmoid(r(x, y1) - r(x, y2)). The term of x cancels in the difference, and the
+# DPO loss is -log of that probability. Its gradient fades as the margin grows.
 
 
 def row_lengths(ids, pad_id):
     """Tokens before the run of pad_id that ends a row: (B, T) -> (B,).
 
-    A pad_id earlier in the row counts as an ordinary token.
+    A pad_id earlier in the row counts as an ordinary token. (Do not pad with EOS: the EOS that ends
+    the response would be cut off with the padding.)
 
     >>> row_lengths(torch.tensor([[0, 7, 0, 0]]), pad_id=0)
     tensor([2])
@@ -702,8 +713,8 @@ def token_logprobs(model, ids, pad_id=PAD):
 def response_mask(ids, prompt_lens, pad_id=PAD):
     """True at index t if token t + 1 belongs to the response: (B, T), (B,) -> (B, T-1) bool.
 
-    Padding, the run of pad_id at the end of a row, does not; pad_id elsewhere is an ordinary token.
-    The first token of a row is never predicted, so prompt_len 0 means the same as 1.
+    The run of pad_id at the end of a row is padding; pad_id elsewhere is an ordinary token. The
+    first token of a row is never predicted, so prompt_len 0 means the same as 1.
 
     >>> response_mask(torch.tensor([[5, 6, 7, 8, EOS, PAD]]), torch.tensor([2]))
     tensor([[False,  True,  True,  True, False]])
@@ -754,7 +765,7 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta=0
     Returns (losses, rewards of the chosen, rewards of the rejected), the rewards detached. If the
     policy equals the reference, the loss is log 2. Larger beta keeps the policy closer to the
     reference. Only the difference of the rewards counts: log pi(chosen) may fall, as long as
-    log pi(rejected) falls more (see preference_objective for a remedy).
+    log pi(rejected) falls more. (Section 8 adds a term against that.)
 
     >>> logp = torch.tensor
     >>> dpo_loss(logp([-4.0]), logp([-9.0]), logp([-5.0]), logp([-6.0]), beta=0.5)
@@ -782,13 +793,13 @@ def spin_loss(policy_real, policy_generated, opponent_real, opponent_generated, 
 # --------------------------------------------------------------------------------------------------
 # 6. The judge
 # --------------------------------------------------------------------------------------------------
-# The same model is the judge. It is shown a prompt and a response in a judge prompt, and replies
-# with a text, its verdict, from which a score is read. What usually goes wrong here: the score is
+# The same model is the judge. It is shown a prompt and a response in a judge prompt, and its reply
+# contains a verdict, from which a score is read. What usually goes wrong here: the score is
 # read from the response instead of the reply, or a reply without a score breaks the loop.
 
 _NUMBER = r"([+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+))"
 _EMPHASIS = r"[*_`]"  # of Markdown
-_OPENING = r"[\"'(\[{<\u201c\u2018]"  # one opening quote or bracket may stand before the number
+_OPENING = r"[\"'(\[{<\u201c\u2018]"  # one opening quote or bracket may stand before a number
 
 
 @dataclass(frozen=True)
@@ -796,7 +807,8 @@ class RewardConfig:
     """How to ask a judge for a score, and how to read the score from its reply.
 
     prompt_template: the judge prompt, with {{ prompt }} and {{ response }}.
-    reward_regex_template: what a verdict looks like: literal text with one {{ reward }}.
+    reward_regex_template: what a verdict looks like: literal text with one {{ reward }}. (It is not
+    a regular expression, despite its name.)
     parse_reward: a function reply -> score or None of your own, instead of that template.
     reward_range: (lowest, highest) score; a score outside counts as none.
     ValueError for a template with missing or unknown variables, or with {{ reward }} twice.
@@ -826,8 +838,8 @@ class RewardConfig:
         return render(self.prompt_template, prompt=prompt, response=response)
 
     def parse(self, reply):
-        """The score of the LAST verdict in the reply; None if there is no verdict, or if its score is
-        outside reward_range, whatever stands before. Never raises (parse_reward may).
+        """The score of the LAST verdict in the reply; None if there is no verdict, or if its score
+        is outside reward_range, whatever stands before. Never raises (parse_reward may).
 
         A score is a decimal number with ASCII digits, such as 4, -1, 2.5 or .5.
         Case, the amount of white space, Markdown emphasis, and one opening bracket or quote before
@@ -845,12 +857,14 @@ class RewardConfig:
         def pattern(literal):
             return r"\s+".join(map(re.escape, re.sub(_EMPHASIS, "", literal).split()))
 
-        before, _, after = _VARIABLE.split(self.reward_regex_template)
-        # Without text before it, do not match the tail of a longer number (the "2" in "12").
+        before, _variable, after = _VARIABLE.split(self.reward_regex_template)
         before, after = pattern(before), pattern(after)
-        before = rf"{before}\s*(?:{_OPENING}\s*)?" if before else "(?<![0-9])"
+        if before:
+            before = rf"{before}\s*(?:{_OPENING}\s*)?"
+        else:
+            before = "(?<![0-9])"  # "{{ reward }} points": never the 2 of "12 points"
         after = rf"\s*{after}" if after else ""
-        reply = re.sub(rf"([0-9]){_EMPHASIS}+(?=[0-9])", r"\1 ", reply)  # "4**5" is two numbers
+        reply = re.sub(rf"([0-9]){_EMPHASIS}+(?=[0-9])", r"\1 ", reply)  # "4**5**" is not 45
         reply = re.sub(_EMPHASIS, "", reply)
         found = re.findall(before + _NUMBER + after, reply, flags=re.IGNORECASE)
         return float(found[-1]) if found else None
@@ -875,10 +889,11 @@ DEFAULT_REWARD_CONFIG = RewardConfig(
     Score: <total points, 0 to 5>
     """,
     reward_regex_template="Score: {{ reward }}", reward_range=(0, 5))
-"""For a real chat model. In [1] a judge that was asked to add up points agreed with people on 65 %
-of the pairs of answers; asked to choose one of five descriptions, on 27 %."""
+"""For a real chat model, whose own chat format has to be part of the template. The judge of [1],
+which was asked to add up points as here, put 65 % of the pairs of answers in the order of people."""
 
-# The judge of the letter world (section 1) is short, because its model reads bytes.
+# The judge of the letter world (section 1) is short, because its model reads bytes. Only the sum is
+# read; the points before it are the model's working.
 LetterWorld.JUDGE = RewardConfig("? {{ prompt }}\n{{ response }}\n", "= {{ reward }}",
                                  reward_range=(0, 5))
 MAX_VERDICT_TOKENS = 16  # "11101 = 4" and EOS take 10
@@ -901,7 +916,7 @@ def judge(model, reward_config, prompts, responses, *, encode=encode, decode=dec
     """
     require(len(prompts) == len(responses),
             f"judge: {len(prompts)} prompts but {len(responses)} responses")
-    text = TextFormat(encode, decode, eos_id=eos_id)  # a judge prompt needs no chat template
+    text = TextFormat(encode, decode, eos_id=eos_id)  # the judge prompt is sent as it is
     asked = [text.ids(reward_config.render(*pair)) for pair in zip(prompts, responses)]
     rows = [ids for ids in asked for _ in range(n_samples)]  # row b * n_samples + i
     replies = sample(model, rows, max_new_tokens=max_new_tokens, temperature=temperature,
@@ -957,7 +972,8 @@ def pick_best_worst(rewards):
 
 
 def pick_best_random(rewards):
-    """The best, and any worse one: rejected answers are then of every quality.
+    """The best, and any worse one: rejected answers are then of every quality. (Pickers draw from
+    torch's global generator, which generate_preferences seeds.)
 
     >>> pick_best_random(torch.tensor([2.0, 5.0]))
     (1, 0)
@@ -1015,10 +1031,10 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
         return [(ids[p], rows[p * n_candidates : (p + 1) * n_candidates], of_prompt)
                 for p, of_prompt in enumerate(rewards.split(n_candidates))]
 
-    # The first chunk is small: JudgeReward ends the stage if its answers get no score at all.
+    # The first chunk is small, so that a judge that never gives a score fails soon (JudgeReward).
     chunks = [prompts[:4], *(prompts[at : at + 64] for at in range(4, len(prompts), 64))]
     pairs, counts = [], dict(pairs=0, unparsed=0, tied=0, invalid=0)
-    with seeded(seed):  # for pickers that draw; the block inside it restores its state
+    with seeded(seed):  # for pickers that draw; a chunk has a seed of its own, above
         for chunk in parallel_map(write_and_reward, list(enumerate(chunks)), "writing and judging"):
             for prompt, candidates, rewards in chunk:
                 picked = checked_pick(pick_pair(rewards), n_candidates)
@@ -1106,7 +1122,8 @@ def pair_logprobs(model, pairs):
 
 
 def preference_objective(pairs, loss_fn, nll_weight=0.0):
-    """loss_fn of four log-probabilities (see dpo_loss), plus a likelihood term; count of pairs.
+    """loss_fn of four log-probabilities (see dpo_loss), plus a likelihood term. The count is the
+    number of pairs.
 
         L = loss_fn(...) - nll_weight * log p(chosen)      after Eq. 1 of [5]
 
@@ -1123,11 +1140,12 @@ def preference_objective(pairs, loss_fn, nll_weight=0.0):
         chosen, rejected = pair_logprobs(model, batch)  # (B,) each
         ref_chosen = chosen.new_tensor([pair.ref_chosen for pair in batch])
         ref_rejected = chosen.new_tensor([pair.ref_rejected for pair in batch])
-        losses, reward_chosen, reward_rejected = loss_fn(chosen, rejected, ref_chosen, ref_rejected)
+        losses, implicit_chosen, implicit_rejected = loss_fn(
+            chosen, rejected, ref_chosen, ref_rejected)
         losses = losses - nll_weight * chosen
         return losses.sum(), len(batch), {
-            "reward_accuracy": (reward_chosen > reward_rejected).sum(),  # chosen gained more
-            "reward_margin": (reward_chosen - reward_rejected).sum(),
+            "reward_accuracy": (implicit_chosen > implicit_rejected).sum(),  # chosen gained more
+            "reward_margin": (implicit_chosen - implicit_rejected).sum(),
             "chosen_logprob": (chosen - ref_chosen).detach().sum(),  # change since the stage began
             "rejected_logprob": (rejected - ref_rejected).detach().sum()}
     return Objective(pairs, loss)
@@ -1137,9 +1155,9 @@ def with_reference_logprobs(model, pairs):
     """Freeze the reference: the pairs, sorted by length, with ref_chosen and ref_rejected under the
     model as it is now.
 
-    These numbers are all that DPO needs of its reference, so no second model is kept, and nothing
-    can drift. Pairs go through the model in pieces of about 4,096 tokens, whatever their lengths,
-    because the logits of a piece take V numbers a token.
+    These numbers are all that DPO needs of its reference, so no second model is kept, and the
+    reference cannot change by mistake. Pairs go through the model in pieces of about 4,096 tokens,
+    whatever their lengths, because the logits of a piece take V numbers a token.
 
     >>> uniform = nn.Embedding.from_pretrained(torch.zeros(257, 257))
     >>> pair = PreferencePair(*torch.tensor([[7], [8], [9]]))
@@ -1175,7 +1193,8 @@ def shuffled_batches(examples, batch_size, generator):
 
 
 def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
-    """Minimise the weighted sum of the objectives; the model is changed in place.
+    """Minimise the weighted sum of the objectives; the model is changed in place. config is a
+    StageConfig (section 9), whose fields say what each number means.
 
     Returns steps (how many updates), the loss and each metric as means over the last 20 updates,
     and their history, averaged to at most 50 points. ValueError if the loss is not finite.
@@ -1193,7 +1212,7 @@ def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.98), weight_decay=config.weight_decay,
                                   fused=device_of(model).type in ("cpu", "cuda"))
     batches = [shuffled_batches(o.examples, config.batch_size, generator) for o in objectives]
-    steps, n_examples = config.steps, len(objectives[0].examples)
+    steps, n_examples = config.steps, len(objectives[0].examples)  # replayed items do not count
     if config.max_epochs is not None:
         steps = min(steps, math.ceil(config.max_epochs * n_examples / config.batch_size))
     peak_step = max(1, round(config.warmup * steps))
@@ -1234,7 +1253,8 @@ def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
 # papers; the values that suit the letter world and its small model are in section 11.
 #
 # A data set is anything with a length and an index. Where data can only be made when the stage
-# begins, it is a function that returns one, called with the model as it is then.
+# begins, it is a function that returns one, called with the model as it is then:
+# train_dataset=lambda model: [...].
 
 
 class Context(NamedTuple):
@@ -1310,10 +1330,11 @@ class SFTConfig(StageConfig):
 class SelfPlayConfig(StageConfig):
     """SPIN [3]: prefer each demonstration to what the model answers when the stage begins.
 
-    It pulls the model toward the demonstrations and cannot take it beyond them. If a round were
-    trained to its exact optimum, log(p / p_data) would be multiplied by 1 - 1/lam (Theorem 5.4 of
-    [3]; p_data is the distribution of the demonstrations): lam=1 closes this gap in one round, and
-    below 1/2 the gap changes its sign and grows. Real rounds stop early, so [3] can use 0.1.
+    It pulls the model toward the demonstrations and cannot take it beyond them. A round that is
+    trained to its exact optimum turns p into p * (p_data / p)^(1/lam), up to a constant (Theorem
+    5.4 of [3]; p_data is the distribution of the demonstrations). So log(p / p_data) is multiplied
+    by 1 - 1/lam: lam=1 closes this gap in one round, and below 1/2 it changes its sign and grows.
+    Real rounds stop early, so [3] can use 0.1.
 
     >>> SelfPlayConfig(train_dataset=[TextFormat().item("hi", "yo")]).lam
     0.1
@@ -1346,8 +1367,8 @@ class SelfPlayConfig(StageConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig(StageConfig):
-    """DPO [2] on pairs that exist already: what load_pairs returns, or triples of texts (prompt,
-    chosen, rejected).
+    """DPO [2] on pairs that exist already: what load_pairs (section 15) returns, or triples of
+    texts (prompt, chosen, rejected).
 
     >>> DPOConfig(pair_dataset=[("hi", "hello", "what?")]).beta
     0.1
@@ -1356,7 +1377,7 @@ class DPOConfig(StageConfig):
     kind: ClassVar[str] = "dpo"
     pair_dataset: Any
     beta: float = 0.1  # as in [1]; the recipe uses 1, which stays closer to the reference
-    loss_fn: Callable = dpo_loss  # or any function of the same form
+    loss_fn: Callable = dpo_loss  # or any function of the same form, with the keyword beta
     nll_weight: float = 0.0  # of the likelihood term; see preference_objective
     max_epochs: float | None = 8  # more passes over few pairs overfit them
 
@@ -1442,7 +1463,7 @@ class SelfRewardDPOConfig(RewardStageConfig):
             known = ", ".join(context.judges)
             require(config in context.judges, f"reward_config {config!r} is not one of {known}")
             config = context.judges[config]
-        reward_fn = JudgeReward(
+        reward_fn = JudgeReward(  # judge(), section 6, as a function of prompts and responses
             self.rewarding_model or model, config, encode=text.encode, decode=text.decode,
             eos_id=text.eos_id, n_samples=self.n_judge_samples, temperature=self.judge_temperature,
             max_new_tokens=self.max_judge_tokens, logit_filter=self.judge_logit_filter)
@@ -1496,7 +1517,7 @@ def judging_metrics(truth, judged):
     judge_pairwise   of all pairs of answers to one prompt with different true scores, the share
                      put in the right order; a tie of judged scores is half a hit
     judge_best5      share of the prompts whose favourite answer, the first one with the highest
-                     judged score, is one of the truly best
+                     judged score, is one of the truly best ("5-best" in [1])
     judge_exact      share of the answers whose judged score, rounded, is the true score
     judge_spearman   correlation of the ranks of true and judged scores, mean over the prompts
     judge_kendall    the same for the signs of all differences (Kendall's tau-b)
@@ -1543,9 +1564,12 @@ def head_to_head(scores, others):
 def measure(model, world, text, graded_answers, previous_scores):
     """What is measured after each stage: writing by the true score ("oracle"), judging against it.
 
-    graded_answers: what world.graded_answers returned, or None if the model cannot judge yet.
-    previous_scores: the `scores` (P, 5) of the model to be compared with, or None.
-    A world without a true score has score = None; then only the judge is measured.
+    graded_answers: what world.graded_answers returned: (prompt, answer, true score), five to each
+    prompt; None if the model cannot judge yet. previous_scores: the `scores` (P, 5) of the model to
+    be compared with, or None. The caller seeds torch's global generator.
+
+    In a world of your own files, world.score is None, for no program knows the true score of a new
+    answer. graded_answers then holds what people have graded, one answer to a prompt (or nothing).
 
     >>> world, model = LetterWorld(n_eval=1), Transformer(ModelConfig(dim=8, depth=1))
     >>> sorted(measure(model, world, TextFormat(), graded_answers=None, previous_scores=None))
@@ -1566,7 +1590,7 @@ def measure(model, world, text, graded_answers, previous_scores):
         found["self_score"] = float(grade(asked, answers).nanmean())
     if graded_answers:  # your own data may have no held-out example
         prompts, responses, truth = zip(*graded_answers)
-        shape = (-1, 5) if world.score else (1, -1)  # no true score (section 11): one comparison
+        shape = (-1, 5) if world.score else (1, -1)  # one answer a prompt: all are compared
         judged = grade(prompts, responses).numpy()
         found |= judging_metrics(np.reshape(truth, shape), np.reshape(judged, shape))
     is_nan = lambda value: isinstance(value, float) and math.isnan(value)
@@ -1589,8 +1613,8 @@ def measure(model, world, text, graded_answers, previous_scores):
 # Two terms of the loss are not in [1], and each has a failure behind it. REPLAY: a stage that
 # trains on answers alone changes the weights that judge, and within a few rounds a small model
 # forgets how to judge, and with it loses its reward. So later stages rehearse the judging data of
-# M1, the very same examples. So the true score still supplies the replayed verdicts, but it never
-# grades a new answer. LIKELIHOOD TERM, from [5]: without it one seed in five drifts into text that
+# M1, the very same examples, whose verdicts a program has written. No new answer is graded by that
+# program. LIKELIHOOD TERM, from [5]: without it one seed in five drifts into text that
 # occurs in no pair.
 #
 # train() in section 17 puts this together, with files and a table:
@@ -1655,7 +1679,7 @@ def recipe_stages(recipe, world, demonstrations, make_judgements):
         return [TextFormat().item(world.JUDGE.render(prompt, answer), verdict)
                 for prompt, answer, verdict in make_judgements()]
 
-    def both(model):  # about four gradings to one demonstration, shuffled together
+    def both(model):  # about four gradings to one demonstration; fit() shuffles them
         return items + judging_items(model) if make_judgements else items
 
     sft = dict(learning_rate=recipe.sft_learning_rate)
