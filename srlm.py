@@ -549,15 +549,15 @@ def last_logits(model, ids):
     """Logits after the last token of each row, padded on the right with PAD: (B, T) -> (B, V).
 
     Two savings. Identical rows run once: at the first step the N candidates of a prompt are the
-    same row, and so are the judge prompts of an answer that is judged several times. And rows run in
-    pieces of about 4,096 tokens, sorted by length, so that a piece has little padding and fits into
-    a CPU's cache.
+    same row, and so are the judge prompts of an answer that is judged several times. And rows run
+    in pieces of about 4,096 tokens, sorted by length, so that a piece has little padding and fits
+    into a CPU's cache.
 
     >>> uniform = lambda ids: torch.zeros(*ids.shape, 3)
     >>> last_logits(uniform, torch.tensor([[1, 2], [1, PAD]])).shape
     torch.Size([2, 3])
     """
-    ids, unique_of_row = ids.unique(dim=0, return_inverse=True)  # row i is now ids[unique_of_row[i]]
+    ids, unique_of_row = ids.unique(dim=0, return_inverse=True)  # row i: ids[unique_of_row[i]]
     lengths = (ids != PAD).sum(dim=1)
     pieces, logits = pieces_by_tokens(lengths.tolist()), []
     for rows in pieces:
@@ -890,7 +890,7 @@ DEFAULT_REWARD_CONFIG = RewardConfig(
     """,
     reward_regex_template="Score: {{ reward }}", reward_range=(0, 5))
 """For a real chat model, whose own chat format has to be part of the template. The judge of [1],
-which was asked to add up points as here, put 65 % of the pairs of answers in the order of people."""
+which was asked to add up points as here, ordered 65 % of the pairs of answers as people do."""
 
 # The judge of the letter world (section 1) is short, because its model reads bytes. Only the sum is
 # read; the points before it are the model's working.
