@@ -1787,8 +1787,7 @@ class EarlyStopping:
 
     def is_due(self, step, steps):
         """At steps n, 2n, 3n ...; at the last one if the stage is shorter than n."""
-        is_last_chance = step == steps and steps < self.every
-        return self.eval_fn is not None and (step % self.every == 0 or is_last_chance)
+        return self.eval_fn is not None and step % min(self.every, steps) == 0
 
     def look(self, model):
         """Evaluate the model; True if training should stop."""
@@ -1798,8 +1797,7 @@ class EarlyStopping:
         self.looks_since_best += 1
         if value > self.best:  # never true of NaN
             self.best, self.looks_since_best = value, 0
-            state = model.state_dict()
-            self.best_weights = {name: weight.clone() for name, weight in state.items()}
+            self.best_weights = {name: w.clone() for name, w in model.state_dict().items()}
         return self.looks_since_best == self.patience
 
     def restore(self, model):
@@ -1828,16 +1826,15 @@ class JudgeReward:
     stage whose judge gives no score to any answer of the first prompts."""
 
     def __init__(self, model, reward_config, **how):
-        self.replies = deque(maxlen=3)
-        self.n_scores = 0
-        how = dict(how, on_reply=self.replies.append)
+        self.replies, self.has_scored = deque(maxlen=3), False
+        how["on_reply"] = self.replies.append
         self.judge = functools.partial(judge, model, reward_config, **how)
 
     def __call__(self, prompts, responses):
         scores = self.judge(prompts, responses)
-        self.n_scores += int((~scores.isnan()).sum())
-        require(self.n_scores > 0, "no preference pair: the judge gave no score to any of the "
-                f"first {len(responses)} answers, all unparsed{quoted_replies(self)}")
+        self.has_scored |= not scores.isnan().all()
+        require(self.has_scored, "no preference pair: the judge gave no score to any of the first "
+                f"{len(responses)} answers, all unparsed{quoted_replies(self)}")
         return scores
 
 
@@ -1866,6 +1863,7 @@ def join_processes():
 
 
 def rank_and_world_size():
+    """The number of this process, and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -1890,6 +1888,7 @@ def parallel_map(work, items, title):
 
 
 def sum_over_processes(value):
+    """The sum of one number of each process."""
     if not dist.is_initialized():
         return value
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -1899,6 +1898,7 @@ def sum_over_processes(value):
 
 
 def sum_gradients_over_processes(weights):
+    """Replace each gradient by its sum over the processes."""
     if dist.is_initialized():
         for weight in weights:
             if weight.grad is not None:
@@ -1916,32 +1916,38 @@ def progress(steps, title):
 # --------------------------------------------------------------------------------------------------
 # A user's mistake becomes one line that says what is wrong, where, and both values.
 
-_MAY_BE_ZERO = ("warmup", "weight_decay", "temperature", "judge_temperature", "replay_weight",
-                "nll_weight", "seed")
+_LOWEST = {"n_candidates": 2, "warmup": 0, "weight_decay": 0, "temperature": 0, "seed": 0,
+           "judge_temperature": 0, "replay_weight": 0, "nll_weight": 0}  # all others: above 0
 
 
 def check_number(name, value, shown_as):
     """Refuse a number that makes no sense for the setting of this name."""
-    if type(value) not in (int, float):
-        return
-    lowest = 2 if name == "n_candidates" else 0
-    is_large_enough = value >= lowest if lowest or name in _MAY_BE_ZERO else value > 0
-    rule = f"{lowest} or more" if lowest or name in _MAY_BE_ZERO else "above 0"
-    require(is_large_enough and value < math.inf, f"{shown_as} is not {rule}")
-    require(name != "warmup" or value <= 1, f"{shown_as} is not a share, 0 to 1, of the steps")
+    if type(value) in (int, float):
+        lowest = _LOWEST.get(name)
+        is_large_enough = value > 0 if lowest is None else value >= lowest
+        rule = "above 0" if lowest is None else f"{lowest} or more"
+        require(is_large_enough and value < math.inf, f"{shown_as} is not {rule}")
+        require(name != "warmup" or value <= 1, f"{shown_as} is not a share, 0 to 1, of the steps")
 
 
 def check_fields(config):
+    """Refuse a stage with a number, a mode or a data set that makes no sense."""
+    stage, mode = type(config).__name__, config.eval_mode
+    require(mode in ("max", "min"), f'{stage}: eval_mode = {mode!r} is neither "max" nor "min"')
     for name, value in vars(config).items():
-        field_name = f"{type(config).__name__}: {name}"
-        check_number(name, value, f"{field_name} = {value!r}")
-        if name == "eval_mode":
-            require(value in ("max", "min"), f'{field_name} = {value!r} is neither "max" nor "min"')
-        if name.endswith("_dataset") and value is not None and not callable(value):
-            check_dataset(value, field_name)
+        check_number(name, value, f"{stage}: {name} = {value!r}")
+    for name, dataset in datasets_of(config).items():
+        check_dataset(dataset, f"{stage}: {name}")
+
+
+def datasets_of(config):
+    """The data sets of a stage by name, but not those that are functions of the model."""
+    return {name: value for name, value in vars(config).items()
+            if name.endswith("_dataset") and value is not None and not callable(value)}
 
 
 def check_dataset(dataset, name):
+    """Refuse what has no length or no index, and what is empty."""
     is_indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
     require(is_indexed and not isinstance(dataset, (str, bytes, dict)), f"{name} is a "
             f"{type(dataset).__name__}; it must have a length and an index, as a list has")
@@ -1950,11 +1956,9 @@ def check_dataset(dataset, name):
 
 def entries(dataset, name, model):
     """All entries of a data set, or of what a function of the model returns."""
-    if callable(dataset):
-        make_dataset = dataset
-        dataset = on_rank_zero(lambda: make_dataset(model))
-    check_dataset(dataset, name)
-    return [dataset[i] for i in range(len(dataset))]
+    rows = on_rank_zero(lambda: dataset(model)) if callable(dataset) else dataset
+    check_dataset(rows, name)
+    return [rows[i] for i in range(len(rows))]
 
 
 def vocabulary_size(model):
@@ -1970,12 +1974,11 @@ def as_ids(ids, name):
     """One row of token ids as a tensor on the CPU."""
     try:
         row = torch.as_tensor(ids).cpu()
-        is_integer = not row.is_floating_point()
-        is_valid = row.ndim == 1 and (len(row) == 0 or is_integer and row.min() >= 0)
+        is_integer = len(row) == 0 or not row.is_floating_point()  # as_tensor([]) holds floats
+        is_valid = row.ndim == 1 and is_integer and (row >= 0).all()
     except (TypeError, ValueError, RuntimeError):
         is_valid = False
-    if not is_valid:
-        raise ValueError(f"{name}: {str(ids)[:60]!r} is not a row of token ids, integers from 0 on")
+    require(is_valid, f"{name}: {str(ids)[:60]!r} is not a row of token ids, integers from 0 on")
     return row.long()
 
 
@@ -1993,25 +1996,31 @@ def checked_rows(prompts, pad_id, limit):
     return rows
 
 
+def check_text(ids, prompt_len, model, vocab, where):
+    """Refuse a text that has no response, or that does not fit the model."""
+    limit = getattr(model, "max_seq_len", math.inf)
+    require(0 <= prompt_len < len(ids) and 2 <= len(ids) <= limit, f"{where} has {len(ids)} tokens, "
+            f"{prompt_len} of them prompt; it needs a response, 2 tokens, max_seq_len={limit}")
+    require(ids.max() < vocab, f"{where} has token {ids.max()}, vocabulary {vocab}")
+
+
 def checked_items(dataset, name, model):
     """The training items (ids, prompt_len) of a data set."""
-    items, limit, vocab = [], getattr(model, "max_seq_len", math.inf), vocabulary_size(model)
+    items, vocab = [], vocabulary_size(model)
     for i, entry in enumerate(entries(dataset, name, model)):
+        where = f"{name}: item {i}"
         try:
             ids, n = entry
             n = operator.index(n)  # an integer of Python, numpy or torch
         except (TypeError, ValueError):
-            shown = str(entry)[:60]
-            raise ValueError(f"{name}: item {i} is {shown!r}, not (ids, prompt_len)") from None
-        ids = as_ids(ids, f"{name}: item {i}")
-        require(0 <= n < len(ids) and 2 <= len(ids) <= limit, f"{name}: item {i} has {len(ids)} "
-                f"tokens, {n} of them prompt; it needs a response, 2 tokens, max_seq_len={limit}")
-        require(ids.max() < vocab, f"{name}: item {i} has token {ids.max()}, vocabulary {vocab}")
-        items.append((ids, n))
+            raise ValueError(f"{where} is {str(entry)[:60]!r}, not (ids, prompt_len)") from None
+        items.append((as_ids(ids, where), n))
+        check_text(*items[-1], model, vocab, where)
     return items
 
 
 def checked_prompts(dataset, name, model):
+    """The prompts of a data set, each a str."""
     prompts = entries(dataset, name, model)
     for i, prompt in enumerate(prompts):
         kind = type(prompt).__name__
@@ -2021,24 +2030,20 @@ def checked_prompts(dataset, name, model):
 
 def checked_pairs(dataset, name, model, text):
     """The pairs of a data set: each a PreferencePair, or texts (prompt, chosen, rejected)."""
-    pairs, limit, vocab = [], getattr(model, "max_seq_len", math.inf), vocabulary_size(model)
+    pairs, vocab = [], vocabulary_size(model)
     for i, pair in enumerate(entries(dataset, name, model)):
         where = f"{name}: pair {i}"
-        if isinstance(pair, PreferencePair):
-            prompt, chosen, rejected = (as_ids(ids, where) for ids in pair[:3])
-            pair = pair._replace(prompt=prompt, chosen=chosen, rejected=rejected)
-        elif isinstance(pair, (tuple, list)) and [type(part) for part in pair] == [str] * 3:
+        if not isinstance(pair, PreferencePair):
+            is_texts = isinstance(pair, (tuple, list)) and [type(x) for x in pair] == [str] * 3
+            require(is_texts, f"{where} is {str(pair)[:60]!r}, not (prompt, chosen, rejected)")
             (ids, n), (other, _) = text.item(pair[0], pair[1]), text.item(pair[0], pair[2])
             pair = PreferencePair(ids[:n], ids[n:], other[n:])
-        else:
-            raise ValueError(f"{where} is {str(pair)[:60]!r}, not texts (prompt, chosen, rejected)")
-        sizes = [len(ids) for ids in pair[:3]]
-        require(min(sizes) > 0 and sizes[0] + max(sizes[1:]) <= limit, f"{where} has {sizes} "
-                f"tokens in prompt, chosen and rejected; each needs 1, and max_seq_len={limit}")
-        largest = int(torch.cat(pair[:3]).max())
-        require(largest < vocab, f"{where} has token {largest}, vocabulary {vocab}")
-        require(not pair.chosen.equal(pair.rejected), f"{where} has two equal answers")
-        pairs.append(pair)
+        prompt, chosen, rejected = (as_ids(ids, where) for ids in pair[:3])
+        require(len(prompt) > 0 and not chosen.equal(rejected),
+                f"{where} has a prompt without tokens, or two equal answers")
+        for answer in (chosen, rejected):
+            check_text(torch.cat((prompt, answer)), len(prompt), model, vocab, where)
+        pairs.append(PreferencePair(prompt, chosen, rejected, *pair[3:]))
     return pairs
 
 
@@ -2086,19 +2091,16 @@ def write_file(path, data):
 
 def json_lines(path):
     """(where, object) of each line of a JSON-lines file. ValueError names file, line and reason."""
+    where = path
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if line.strip():
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
             where = f"{path}, line {number}"
-            try:
+            if line.strip():
                 row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
-            require(isinstance(row, dict), f"{where}: not an object but {line[:40]!r}")
-            yield where, row
+                require(isinstance(row, dict), f"not an object but {line[:40]!r}")
+                yield where, row
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def read_jsonl(path, fields):
@@ -2108,13 +2110,11 @@ def read_jsonl(path, fields):
         for name in dict.fromkeys([*row, *fields]):
             require(name in fields, f"{where}: unknown field {name!r}; known: {', '.join(fields)}")
             require(name in row, f"{where}: no field {name!r}")
-            value = row[name]
-            if name == "score":
-                require(type(value) in (int, float) and 0 <= value <= 5,
-                        f"{where}: score is {value!r}, not a number from 0 to 5")
-            else:
-                require(isinstance(value, str) and value.strip() != "",
-                        f"{where}: {name} is {value!r}, not a text")
+            value, needed = row[name], "a number from 0 to 5" if name == "score" else "a text"
+            is_text = isinstance(value, str) and value.strip() != ""
+            is_score = type(value) in (int, float) and 0 <= value <= 5
+            is_right = is_score if name == "score" else is_text
+            require(is_right, f"{where}: {name} is {value!r}, not {needed}")
         rows.append(tuple(row[name] for name in fields))
     require(len(rows) > 0, f"{path}: no examples")
     return rows
@@ -2143,19 +2143,19 @@ def load_pairs(path, text):
     are the same wherever a text survives decoding and encoding."""
     pairs = []
     for where, row in json_lines(path):
-        ids, scores = [], []
         for name in ("prompt", "chosen", "rejected"):
             value = row.get(name)
             require(isinstance(value, str), f"{where}: {name} is {value!r}, not a text")
-            ended = name != "prompt" and row.get(name + "_ended", True) and text.eos_id is not None
-            end = torch.tensor([text.eos_id] if ended else [], dtype=torch.long)
-            ids.append(torch.cat((text.ids(value), end)))
-        for name in ("score_chosen", "score_rejected"):
-            score = row.get(name)
+        prompt, answers, scores = text.ids(row["prompt"]), [], []
+        for name in ("chosen", "rejected"):
+            has_end = row.get(name + "_ended", True) and text.eos_id is not None
+            end = prompt.new_tensor([text.eos_id] if has_end else [])
+            answers.append(torch.cat((text.ids(row[name]), end)))
+            score = row.get("score_" + name)
             is_score = score is None or type(score) in (int, float)
-            require(is_score, f"{where}: {name} is {score!r}, not a number")
+            require(is_score, f"{where}: score_{name} is {score!r}, not a number")
             scores.append(math.nan if score is None else float(score))
-        pairs.append(PreferencePair(*ids, *scores))
+        pairs.append(PreferencePair(prompt, *answers, *scores))
     require(len(pairs) > 0, f"{path}: no pairs")
     return pairs
 
