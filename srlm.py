@@ -1272,7 +1272,7 @@ class StageConfig:
         """fit() the objective, and the replay data if there are any."""
         objectives = [objective]
         if self.replay_dataset is not None and self.replay_weight > 0:
-            items = checked_items(self.replay_dataset, "replay_dataset", model)
+            items = checked_data(self, "replay_dataset", model, context.text)
             objectives.append(sft_objective(items, self.replay_weight))
         return fit(model, objectives, self, seed=context.seed, after_update=context.after_update)
 
@@ -1290,7 +1290,7 @@ class SFTConfig(StageConfig):
     loss_on_prompt: bool = False
 
     def run(self, model, context):
-        items = checked_items(self.train_dataset, "train_dataset", model)
+        items = checked_data(self, "train_dataset", model, context.text)
         if self.loss_on_prompt:
             items = [(ids, 0) for ids, _ in items]
         return self.minimise(model, sft_objective(items), context)
@@ -1318,7 +1318,7 @@ class SelfPlayConfig(StageConfig):
     logit_filter: Callable | None = None
 
     def run(self, model, context):
-        items = checked_items(self.train_dataset, "train_dataset", model)
+        items = checked_data(self, "train_dataset", model, context.text)
 
         def write(start):
             chunk = [(ids[:n], ids[n:]) for ids, n in items[start : start + 64]]
@@ -1351,7 +1351,7 @@ class DPOConfig(StageConfig):
     max_epochs: float | None = 8  # more passes over few pairs overfit them
 
     def run(self, model, context):
-        pairs = checked_pairs(self.pair_dataset, "pair_dataset", model, context.text)
+        pairs = checked_data(self, "pair_dataset", model, context.text)
         pairs = with_reference_logprobs(model, pairs)
         loss_fn = functools.partial(self.loss_fn, beta=self.beta)
         return self.minimise(model, preference_objective(pairs, loss_fn, self.nll_weight), context)
@@ -1392,7 +1392,7 @@ def preference_round(model, reward_fn, config, context):
     >>> round(record["loss"], 4), record["pairs"]            # the policy starts at the reference
     (0.6931, 2)
     """
-    prompts = checked_prompts(config.prompt_dataset, "prompt_dataset", model)
+    prompts = checked_data(config, "prompt_dataset", model, context.text)
     # Write, judge, pair.
     pairs, counts = generate_preferences(
         model, prompts, reward_fn, n_candidates=config.n_candidates, n_pairs=config.n_pairs,
@@ -1954,13 +1954,6 @@ def check_dataset(dataset, name):
     require(len(dataset) > 0, f"{name} is empty")
 
 
-def entries(dataset, name, model):
-    """All entries of a data set, or of what a function of the model returns."""
-    rows = on_rank_zero(lambda: dataset(model)) if callable(dataset) else dataset
-    check_dataset(rows, name)
-    return [rows[i] for i in range(len(rows))]
-
-
 def vocabulary_size(model):
     """V, by asking the model. ValueError if it does not return logits (B, T, V)."""
     with evaluating(model):
@@ -1996,55 +1989,56 @@ def checked_rows(prompts, pad_id, limit):
     return rows
 
 
-def check_text(ids, prompt_len, model, vocab, where):
+def checked_data(config, name, model, text):
+    """The entries of a data set of a stage, or of what a function of the model returns. ValueError
+    names the data set and the first entry that is wrong."""
+    dataset = getattr(config, name)
+    rows = on_rank_zero(lambda: dataset(model)) if callable(dataset) else dataset
+    check_dataset(rows, name)
+    read = {"prompt_dataset": as_prompt, "pair_dataset": as_pair}.get(name, as_item)
+    limits = getattr(model, "max_seq_len", math.inf), vocabulary_size(model)
+    return [read(rows[i], f"{name}: item {i}", text, limits) for i in range(len(rows))]
+
+
+def as_prompt(entry, where, *_):
+    """A prompt: a str."""
+    require(isinstance(entry, str), f"{where} is a {type(entry).__name__}, not a str")
+    return entry
+
+
+def as_item(entry, where, _, limits):
+    """A training item (ids, prompt_len)."""
+    try:
+        ids, n = entry
+        n = operator.index(n)  # an integer of Python, numpy or torch
+    except (TypeError, ValueError):
+        raise ValueError(f"{where} is {str(entry)[:60]!r}, not (ids, prompt_len)") from None
+    ids = as_ids(ids, where)
+    check_text(ids, n, where, limits)
+    return ids, n
+
+
+def as_pair(entry, where, text, limits):
+    """A PreferencePair, made of one or of texts (prompt, chosen, rejected)."""
+    if not isinstance(entry, PreferencePair):
+        is_texts = isinstance(entry, (tuple, list)) and [type(x) for x in entry] == [str] * 3
+        require(is_texts, f"{where} is {str(entry)[:60]!r}, not texts (prompt, chosen, rejected)")
+        (ids, n), (other, _) = text.item(entry[0], entry[1]), text.item(entry[0], entry[2])
+        entry = PreferencePair(ids[:n], ids[n:], other[n:])
+    prompt, chosen, rejected = (as_ids(ids, where) for ids in entry[:3])
+    require(len(prompt) > 0, f"{where} has a prompt of 0 tokens")
+    check_text(torch.cat((prompt, chosen)), len(prompt), where, limits)
+    check_text(torch.cat((prompt, rejected)), len(prompt), where, limits)
+    require(not chosen.equal(rejected), f"{where} has two equal answers")
+    return PreferencePair(prompt, chosen, rejected, *entry[3:])
+
+
+def check_text(ids, prompt_len, where, limits):
     """Refuse a text that has no response, or that does not fit the model."""
-    limit = getattr(model, "max_seq_len", math.inf)
-    require(0 <= prompt_len < len(ids) and 2 <= len(ids) <= limit, f"{where} has {len(ids)} tokens, "
-            f"{prompt_len} of them prompt; it needs a response, 2 tokens, max_seq_len={limit}")
+    max_seq_len, vocab = limits
+    require(0 <= prompt_len < len(ids) and 2 <= len(ids) <= max_seq_len, f"{where} has {len(ids)} "
+            f"tokens, {prompt_len} of them prompt; it needs a response, 2 tokens, {max_seq_len=}")
     require(ids.max() < vocab, f"{where} has token {ids.max()}, vocabulary {vocab}")
-
-
-def checked_items(dataset, name, model):
-    """The training items (ids, prompt_len) of a data set."""
-    items, vocab = [], vocabulary_size(model)
-    for i, entry in enumerate(entries(dataset, name, model)):
-        where = f"{name}: item {i}"
-        try:
-            ids, n = entry
-            n = operator.index(n)  # an integer of Python, numpy or torch
-        except (TypeError, ValueError):
-            raise ValueError(f"{where} is {str(entry)[:60]!r}, not (ids, prompt_len)") from None
-        items.append((as_ids(ids, where), n))
-        check_text(*items[-1], model, vocab, where)
-    return items
-
-
-def checked_prompts(dataset, name, model):
-    """The prompts of a data set, each a str."""
-    prompts = entries(dataset, name, model)
-    for i, prompt in enumerate(prompts):
-        kind = type(prompt).__name__
-        require(isinstance(prompt, str), f"{name}: prompt {i} is a {kind}, not a str")
-    return prompts
-
-
-def checked_pairs(dataset, name, model, text):
-    """The pairs of a data set: each a PreferencePair, or texts (prompt, chosen, rejected)."""
-    pairs, vocab = [], vocabulary_size(model)
-    for i, pair in enumerate(entries(dataset, name, model)):
-        where = f"{name}: pair {i}"
-        if not isinstance(pair, PreferencePair):
-            is_texts = isinstance(pair, (tuple, list)) and [type(x) for x in pair] == [str] * 3
-            require(is_texts, f"{where} is {str(pair)[:60]!r}, not (prompt, chosen, rejected)")
-            (ids, n), (other, _) = text.item(pair[0], pair[1]), text.item(pair[0], pair[2])
-            pair = PreferencePair(ids[:n], ids[n:], other[n:])
-        prompt, chosen, rejected = (as_ids(ids, where) for ids in pair[:3])
-        require(len(prompt) > 0 and not chosen.equal(rejected),
-                f"{where} has a prompt without tokens, or two equal answers")
-        for answer in (chosen, rejected):
-            check_text(torch.cat((prompt, answer)), len(prompt), model, vocab, where)
-        pairs.append(PreferencePair(prompt, chosen, rejected, *pair[3:]))
-    return pairs
 
 
 def checked_pick(picked, n):
@@ -2192,9 +2186,21 @@ class SelfRewardingTrainer:
         limit = getattr(model, "max_seq_len", math.inf)
         for stage, config in enumerate(self.configs):
             for name in ("max_new_tokens", "max_judge_tokens"):
-                value = getattr(config, name, 0)
-                require(value < limit, f"stage {stage} ({config.kind}): {name} = {value} leaves no "
-                        f"room for a prompt, max_seq_len = {limit}")
+                value, where = getattr(config, name, 0), f"stage {stage} ({config.kind})"
+                require(value < limit, f"{where}: {name} = {value} is not below max_seq_len = {limit}")
+
+    def _check(self):
+        """Check whatever can be checked before any work."""
+        vocab, eos_id = vocabulary_size(self.model), self.text.eos_id
+        world_size = rank_and_world_size()[1]
+        require(eos_id is None or 0 <= eos_id < vocab, f"eos_id={eos_id} is outside the model's "
+                f"vocabulary of {vocab}; with eos_id=None answers end by length")
+        for stage, config in enumerate(self.configs):
+            with stage_named(stage, config):
+                require(config.batch_size >= world_size, f"batch_size={config.batch_size} leaves "
+                        f"some of {world_size} processes without an example")
+                for name in datasets_of(config):
+                    checked_data(config, name, self.model, self.text)
 
     def path(self, stage):
         """The checkpoint of a stage."""
@@ -2204,7 +2210,7 @@ class SelfRewardingTrainer:
         """Run the stages. Returns the record of each: stage, kind, seconds, steps, loss, history;
         for preference stages reward_accuracy, reward_margin, chosen_logprob, rejected_logprob;
         for stages that write pairs also their counts; and what `evaluate` found."""
-        self._check_all()
+        self._check()
         records, is_evaluated = on_rank_zero(lambda: self._begin(overwrite_checkpoints, resume))
         self.model.load_state_dict(on_rank_zero(self.model.state_dict))  # the same everywhere
         if not is_evaluated:
@@ -2218,30 +2224,12 @@ class SelfRewardingTrainer:
         context = Context(self.text, self.judges, self.seed, after_update)
         began = time.perf_counter()
         for record in run_stages(self.model, self.configs, context, first=len(records)):
-            records.append(plain({**record, "seconds": round(time.perf_counter() - began, 2)}))
+            records.append({**record, "seconds": round(time.perf_counter() - began, 2)})
             # Save before evaluating: an error in `evaluate` must not lose the finished stage.
             self._save(self.path(record["stage"]), records, is_evaluated=False)
             self._evaluate(records)
             began = time.perf_counter()
         return records
-
-    def _check_all(self):
-        """Check whatever can be checked before any work."""
-        vocab, eos_id = vocabulary_size(self.model), self.text.eos_id
-        world_size = rank_and_world_size()[1]
-        require(eos_id is None or 0 <= eos_id < vocab, f"eos_id={eos_id} is outside the model's "
-                f"vocabulary of {vocab}; with eos_id=None answers end by length")
-        checks = dict(train_dataset=checked_items, replay_dataset=checked_items,
-                      prompt_dataset=checked_prompts,
-                      pair_dataset=functools.partial(checked_pairs, text=self.text))
-        for stage, config in enumerate(self.configs):
-            with stage_named(stage, config):
-                require(config.batch_size >= world_size, f"batch_size={config.batch_size} leaves "
-                        f"some of {world_size} processes without an example")
-                for name, check in checks.items():
-                    dataset = getattr(config, name, None)
-                    if dataset is not None and not callable(dataset):
-                        check(dataset, name, self.model)
 
     def _evaluate(self, records):
         """Complete the last record, save it again, and report it."""
@@ -2268,49 +2256,37 @@ class SelfRewardingTrainer:
         finished = [stage for stage in range(len(self.configs)) if self.path(stage).exists()]
         if not finished:
             return [], True
-        last = self.path(finished[-1])
-        require(resume, f"{last} exists; resume goes on after it, overwrite replaces it")
-        state = load_checkpoint(last)
-        self._compare_settings(last, finished[-1], state["settings"])
-        load_weights(self.model, state, last)
+        path = self.path(finished[-1])
+        require(resume, f"{path} exists; resume goes on after it, overwrite replaces it")
+        state = load_checkpoint(path)
+        then, now = state["settings"], self._settings(finished[-1])
+        for key in then | now:
+            require(then.get(key) == now.get(key),
+                    f"{path} was made with {key} = {then.get(key)!r}, not {now.get(key)!r}")
+        load_weights(self.model, state, path)
         for record in state["records"][: None if state["is_evaluated"] else -1]:
             self.report(record)
         return state["records"], state["is_evaluated"]
 
-    def _all_settings(self):
-        """Whatever the run depends on and can be compared, data as fingerprints."""
-        flat = {"seed": self.seed, **self.settings, "chat_template": self.text.chat_template,
-                "eos_id": self.text.eos_id}
-        templates = lambda judge: [judge.prompt_template, judge.reward_regex_template,
-                                   list(judge.reward_range or ())]
-        flat |= {f"judge {name}": templates(judge) for name, judge in self.judges.items()}
-        for stage, config in enumerate(self.configs):
-            flat[f"stage {stage}, kind"] = config.kind
-            for name, value in vars(config).items():
-                if name.endswith("_dataset") and not (value is None or callable(value)):
-                    flat[f"stage {stage}, fingerprint of {name}"] = fingerprint(value)
-                elif isinstance(value, RewardConfig):
-                    flat[f"stage {stage}, {name}"] = templates(value)
-                elif isinstance(value, (int, float, str, type(None))):
-                    flat[f"stage {stage}, {name}"] = value
-        return plain(flat)
-
-    def _compare_settings(self, path, finished, then):
-        """Refuse to resume a different run. Settings of stages after `finished` may change."""
-        now = self._all_settings()
-        for key in [*then, *(key for key in now if key not in then)]:
-            stage = re.match(r"stage (\d+)", key)
-            if stage is None or int(stage[1]) <= finished:
-                require(then.get(key) == now.get(key), f"{path} was made with {key} = "
-                        f"{then.get(key)!r}, not {now.get(key)!r}")
+    def _settings(self, stage):
+        """What another run must share to go on after this stage; of data sets a checksum."""
+        found = {"seed": self.seed, **self.settings, "chat_template": self.text.chat_template,
+                 "eos_id": self.text.eos_id}
+        found |= {f"judge {name}": judge for name, judge in self.judges.items()}
+        for i, config in enumerate(self.configs[: stage + 1]):
+            checksums = {name: checksum(data) for name, data in datasets_of(config).items()}
+            fields = {"kind": config.kind, **vars(config), **checksums}
+            found |= {f"stage {i}, {name}": value for name, value in fields.items()}
+        return json.loads(json.dumps(found, default=comparable))
 
     def _save(self, path, records, is_evaluated=True):
+        """Write a checkpoint of the model as it is now, after the stage of the last record."""
         config, buffer = getattr(self.model, "config", None), io.BytesIO()
-        shape = dataclasses.asdict(config) if isinstance(config, ModelConfig) else None
+        shape = vars(config) if isinstance(config, ModelConfig) else None
         if rank_and_world_size()[0] == 0:
             torch.save({"format": "srlm 2", "model": self.model.state_dict(), "model_config": shape,
                         "records": records, "is_evaluated": is_evaluated,
-                        "settings": self._all_settings()}, buffer)
+                        "settings": self._settings(len(records) - 1)}, buffer)
         on_rank_zero(lambda: write_file(path, buffer.getvalue()))
 
 
@@ -2331,25 +2307,27 @@ def plain(values):
         raise ValueError(f"{str(values)[:60]!r} cannot be written as JSON ({error})") from error
 
 
-def fingerprint(dataset):
-    """A checksum of all entries."""
+def comparable(value):
+    """For JSON: a judge as its fields, a tensor as its numbers, a function or a model as None."""
+    if isinstance(value, RewardConfig):
+        return vars(value)
+    return value.tolist() if hasattr(value, "tolist") else None
+
+
+def checksum(dataset):
+    """A number that changes with the entries and their order."""
     crc = 0
     for i in range(len(dataset)):
-        entry = dataset[i]
-        parts = entry if isinstance(entry, (tuple, list)) else [entry]
-        parts = [part.tolist() if hasattr(part, "tolist") else part for part in parts]
-        parts = [list(part) if isinstance(part, tuple) else part for part in parts]
-        crc = zlib.crc32(repr(parts).encode("utf-8", errors="replace"), crc)
+        crc = zlib.crc32(json.dumps(dataset[i], default=comparable).encode(), crc)
     return crc
 
 
 def load_checkpoint(path):
     """What a checkpoint holds: model (the weights), model_config, records, settings. Nothing in the
     file is executed. ValueError, with the path, for anything but a whole checkpoint of srlm."""
+    require(Path(path).exists(), f"{path} does not exist")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} does not exist") from error
     except Exception as error:  # torch raises half a dozen kinds for damaged files
         raise ValueError(f"{path} is damaged or not a checkpoint ({type(error).__name__}); delete "
                          "it, and resume runs its stage again") from error
@@ -2359,6 +2337,7 @@ def load_checkpoint(path):
 
 
 def load_weights(model, state, path):
+    """Give the model the weights of a checkpoint."""
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:  # its second line names the first weight that does not fit
