@@ -2415,21 +2415,23 @@ class Options(Recipe):
     skip_long: bool = setting(False, None, "leave out, and count, what is longer in your files")
 
     def __post_init__(self):
+        """Refuse what makes no sense, before any work."""
         for name, value in vars(self).items():
             check_number(name, value, f"--{name.replace('_', '-')} {value}")
         require(self.seed < 2**64, f"--seed {self.seed} is not below 2**64 = {2**64}")
-        stages, files = self.stages.split(","), self.sft or self.judged or self.prompts
-        for stage in stages:
-            require(stage in ("sft", "self", "spin", "external"),
-                    f"--stages: {stage!r} is none of sft, self, spin, external")
+        stages = self.stages.split(",")
+        require(set(stages) <= {"sft", "self", "spin", "external"},
+                f"--stages {self.stages}: one is none of sft, self, spin, external")
         require(stages[0] == "sft", "--stages must begin with sft: before it no model can answer")
-        require(not files or self.sft != "", "--judged and --prompts need --sft to begin with")
-        require(not files or self.judged != "" or "self" not in stages, "stage self needs --judged")
-        require(not files or "external" not in stages, "stage external: nobody knows the true "
-                "score of your data; in Python, ExternalRewardDPOConfig takes any reward")
+        if self.sft or self.judged or self.prompts:
+            require(self.sft != "", "--judged and --prompts need --sft to begin with")
+            require(self.judged != "" or "self" not in stages, "stage self needs --judged")
+            require("external" not in stages, "stage external needs a true score, which your data "
+                    "lack; in Python, ExternalRewardDPOConfig takes any reward")
 
     @classmethod
     def parse(cls, argv):
+        """The options of a command line. What is not given has its default, or that of --quick."""
         parser = argparse.ArgumentParser(prog="srlm.py", description=__doc__.split("\n\n")[1],
                                          epilog='To ask a model: srlm.py ask CHECKPOINT "PROMPT"')
         for item in dataclasses.fields(cls):
@@ -2443,6 +2445,16 @@ class Options(Recipe):
         return cls(**(quick | given))
 
 
+    def settings(self):
+        """What a resumed run must share with the run that it continues; of each file a checksum."""
+        may_differ = ("stages", "device", "checkpoints", "quick", "resume", "overwrite")
+        found = {name: value for name, value in vars(self).items() if name not in may_differ}
+        for flag in ("sft", "judged", "prompts"):
+            if found[flag]:
+                found[flag] = zlib.crc32(Path(found[flag]).read_bytes())
+        return found
+
+
 class OwnData:
     """A world made of your own files. Nobody knows a true score here, so `score` is None.
 
@@ -2452,63 +2464,60 @@ class OwnData:
     CHAT_TEMPLATE, JUDGE, score = LetterWorld.CHAT_TEMPLATE, LetterWorld.JUDGE, None
 
     def __init__(self, options):
-        self.seed, limit = options.seed, options.max_seq_len
-
-        def size(prompt, response="", score=0.25):  # for the judge, with a verdict
-            asked, verdict = self.JUDGE.render(prompt, response), self.verdict(score)
-            return len(encode(asked + verdict)) + 1
-
-        def read(flag, *fields):
-            """The rows of a file that are learned from, and those that are held out."""
-            path = getattr(options, flag)
-            rows = read_jsonl(path, fields) if path else []
-            fitting = [row for row in rows if size(*row) <= limit]
-            for number, row in enumerate(rows, 1):
-                require(size(*row) <= limit or options.skip_long, f"{path}, example {number}: "
-                        f"{size(*row)} bytes for the judge, but --max-seq-len is {limit}; "
-                        "--skip-long skips it")
-            if len(fitting) < len(rows):
-                n_skipped = len(rows) - len(fitting)
-                warnings.warn(f"{path}: {n_skipped} of {len(rows)} examples skipped, longer than "
-                              f"{limit} bytes for the judge")
-            parts = ([], [])
-            for row in fitting:
-                parts[zlib.crc32(bytes(encode(row[0]))) % 10 == 0].append(row)
-            learned, held_out = parts
-            require(not path or len(learned) > 0, f"--{flag} {path}: none of {len(rows)} examples "
-                    f"is left to learn from; {len(held_out)} are held out, the others skipped")
-            require(flag != "sft" or len(held_out) > 0, f"--sft {path}: no prompt is held out to "
-                    "measure on (one in ten is, by its CRC-32); it needs more different prompts")
-            return learned, held_out[: 5 * options.eval_prompts]
-
-        self.pairs, self.held_out = read("sft", "prompt", "response")
-        self.judged, self.held_out_judged = read("judged", "prompt", "response", "score")
+        self.options = options
+        self.pairs, self.held_out = self.read("sft", "prompt", "response")
+        self.judged, self.held_out_judged = self.read("judged", "prompt", "response", "score")
+        prompts, _ = self.read("prompts", "prompt")
+        self.own_prompts = sorted({row[0] for row in prompts or self.pairs})
         held_out_prompts = dict.fromkeys(row[0] for row in self.held_out)
         self.eval_prompts = list(held_out_prompts)[: options.eval_prompts]
-        self.own_prompts = sorted({row[0] for row in read("prompts", "prompt")[0] or self.pairs})
-        if len(self.own_prompts) > options.stage_prompts:
-            warnings.warn(f"each later stage draws {options.stage_prompts} of "
-                          f"{len(self.own_prompts)} prompts; --stage-prompts changes that")
+        n, n_drawn = len(self.own_prompts), options.stage_prompts
+        if n > n_drawn:
+            warnings.warn(f"--stage-prompts: each later stage draws {n_drawn} of {n} prompts")
         # The longest answer seen, or less if the judge could not read it under the longest prompt.
-        longest = max(map(size, [*self.eval_prompts, *self.own_prompts]))
-        longest_answer = max(len(encode(answer)) for _, answer in self.pairs)
-        self.max_new_tokens = 1 + min(limit - longest, longest_answer)
+        room = options.max_seq_len - max(map(self.size, [*self.eval_prompts, *self.own_prompts]))
+        self.max_new_tokens = 1 + min(room, max(len(encode(answer)) for _, answer in self.pairs))
+
+    def size(self, prompt, response="", score=0.25):
+        """How many tokens the judge prompt has, together with a verdict."""
+        return len(encode(self.JUDGE.render(prompt, response) + self.verdict(score))) + 1
+
+    def read(self, flag, *fields):
+        """The rows of a file that are learned from, and those that are held out."""
+        path, limit = getattr(self.options, flag), self.options.max_seq_len
+        if not path:
+            return [], []
+        rows, learned, held_out = read_jsonl(path, fields), [], []
+        for number, row in enumerate(rows, 1):
+            size = self.size(*row)
+            require(size <= limit or self.options.skip_long, f"{path}, example {number}: {size} "
+                    f"bytes for the judge, but --max-seq-len is {limit}; --skip-long skips it")
+            if size <= limit:
+                is_held_out = zlib.crc32(bytes(encode(row[0]))) % 10 == 0
+                (held_out if is_held_out else learned).append(row)
+        n_skipped = len(rows) - len(learned) - len(held_out)
+        if n_skipped > 0:
+            warnings.warn(f"{path}: {n_skipped} of {len(rows)} examples skipped, too long")
+        is_usable = learned != [] and (held_out != [] or flag != "sft")
+        require(is_usable, f"--{flag} {path}: of {len(rows)} examples {len(held_out)} are held out "
+                f"(one prompt in ten is), {n_skipped} skipped, {len(learned)} left to learn from")
+        return learned, held_out[: 5 * self.options.eval_prompts]
 
     def demonstrations(self, n):
+        """As of LetterWorld, like the next four; but all that the files hold, whatever n."""
         return self.pairs
 
     def judgements(self, n, model, tidy):
         return [(prompt, response, self.verdict(score)) for prompt, response, score in self.judged]
 
-    @staticmethod
-    def verdict(score):
+    def verdict(self, score):
         return f"= {np.format_float_positional(score, trim='-')}"  # never "1e-05"
 
     def graded_answers(self, model):
         return self.held_out_judged
 
     def prompts(self, n, purpose):
-        rng = np.random.default_rng([self.seed, *encode(purpose)])
+        rng = np.random.default_rng([self.options.seed, *encode(purpose)])
         return [self.own_prompts[i] for i in rng.permutation(len(self.own_prompts))[:n]]
 
 
@@ -2517,19 +2526,12 @@ _COLUMNS = {  # heading: (key in metrics.jsonl, format)
     "perfect": ("perfect_rate", ".0%"), "self-score": ("self_score", ".2f"), "win": ("win", ".0%"),
     "lose": ("lose", ".0%"), "judge": ("judge_pairwise", ".1%"), "pairs": ("pairs", "d"),
     "seconds": ("seconds", ".0f")}
-_KEYS = ("stage", "kind", "model", "seconds", "loss", "oracle_score", "oracle_greedy",
-         "perfect_rate", "self_score", "win", "tie", "lose", "judge_pairwise", "judge_best5",
-         "judge_exact", "judge_spearman", "judge_kendall")
-_LEGEND = """\
-true score  mean points, of 5, of answers drawn at temperature 1; greedy: of the most likely answers
-perfect     share of the drawn answers with all five points
-self-score  mean score that the model gives its own answers; above the true score, it fools itself
-win, lose   share of answers better and worse than those of the model in the line above
-judge       share of pairs of answers, the same for all models, that it puts in the right order
-"""
+_MEASURES = ("oracle_score", "oracle_greedy", "perfect_rate", "self_score", "win", "tie", "lose",
+             "judge_pairwise", "judge_best5", "judge_exact", "judge_spearman", "judge_kendall")
 
 
 def table_row(line):
+    """A line of metrics.jsonl as a row of the table."""
     row = f"{line['model']:<14}"
     for heading, (key, form) in _COLUMNS.items():
         cell = "-" if line.get(key) is None else format(line[key], form)
@@ -2545,26 +2547,15 @@ def say(*lines):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def make_world(options):
-    """The world of a run: LetterWorld, or the user's files."""
-    if options.sft:
-        return OwnData(options)
-    names = options.instructions.split(",")
-    return LetterWorld(names, n_eval=options.eval_prompts, seed=options.seed)
-
-
-def settings_of(options):
-    """What a resumed run must share with the run that it continues."""
-    may_differ = ("stages", "device", "checkpoints", "quick", "resume", "overwrite")
-    settings = {key: value for key, value in vars(options).items() if key not in may_differ}
-    for flag in ("sft", "judged", "prompts"):
-        path = getattr(options, flag)
-        settings[f"contents of --{flag}"] = zlib.crc32(Path(path).read_bytes()) if path else None
-    return settings
-
-
 class Scoreboard:
-    """Measures each model of a run, prints the table as it grows, and writes metrics.jsonl."""
+    """Measures each model of a run, prints the table as it grows, and writes metrics.jsonl.
+
+    true score  mean points, of 5, of answers drawn at temperature 1; greedy: of the likeliest ones
+    perfect     share of the drawn answers with all five points
+    self-score  mean score that the model gives its answers; above the true score, it fools itself
+    win, lose   share of answers better and worse than those of the model in the line above
+    judge       share of pairs of answers, the same for all models, that it puts in the right order
+    """
 
     def __init__(self, world, text, demonstrations, made_with_m0, folder):
         self.world, self.text, self.made_with_m0, self.folder = world, text, made_with_m0, folder
@@ -2575,8 +2566,9 @@ class Scoreboard:
             self.lines[0]["oracle_score"] = float(np.mean(scores))
 
     def begin(self):
+        """Print what the columns mean, which is the end of the docstring, and their headings."""
         heading = " " * 14 + "".join(f"  {heading:>4}" for heading in _COLUMNS)
-        say(_LEGEND, heading, table_row(self.lines[0]))
+        say(textwrap.dedent(self.__doc__.partition("\n\n")[2]), heading, table_row(self.lines[0]))
 
     def evaluate(self, model):
         """The trainer's `evaluate`. M0 has seen no judge prompt, so it is not asked to judge."""
@@ -2590,7 +2582,7 @@ class Scoreboard:
 
     def report(self, record):
         """The trainer's `report`."""
-        line = {**dict.fromkeys(_KEYS), **record, "model": f"M{record['stage']}"}
+        line = {"model": f"M{record['stage']}", **dict.fromkeys(_MEASURES), **record}
         self.scores.append(line.pop("scores", None))
         self.lines.append(line)
         data = "".join(json.dumps(line) + "\n" for line in self.lines)
@@ -2598,6 +2590,7 @@ class Scoreboard:
         say(table_row(line))
 
     def conclude(self, path):
+        """Compare the last model with M1, and say how to ask it."""
         if self.world.score is not None and len(self.scores) > 2:
             shares = head_to_head(self.scores[-1], self.scores[1])
             last = self.lines[-1]["model"]
@@ -2612,9 +2605,13 @@ def train(options, world=None):
     try:
         torch.empty(0, device=options.device)
     except Exception as error:  # torch raises half a dozen kinds
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {options.device}: {reason}") from error
-    world, folder = world or make_world(options), Path(options.checkpoints)
+        raise ValueError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
+    if world is None and options.sft:
+        world = OwnData(options)
+    elif world is None:
+        names = options.instructions.split(",")
+        world = LetterWorld(names, n_eval=options.eval_prompts, seed=options.seed)
+    folder = Path(options.checkpoints)
     text = TextFormat(chat_template=world.CHAT_TEMPLATE)
     demonstrations = world.demonstrations(options.demonstrations)
 
@@ -2633,7 +2630,7 @@ def train(options, world=None):
         Transformer(config, torch.Generator().manual_seed(options.seed)),
         recipe_stages(options, world, demonstrations, make_judgements), seed=options.seed,
         chat_template=world.CHAT_TEMPLATE, self_reward_prompt_config=world.JUDGE,
-        checkpoints_folder=folder, device=options.device, settings=settings_of(options),
+        checkpoints_folder=folder, device=options.device, settings=options.settings(),
         evaluate=board.evaluate, report=board.report)
     on_rank_zero(board.begin)
     trainer(overwrite_checkpoints=options.overwrite, resume=options.resume)
