@@ -1813,6 +1813,7 @@ def summary_of(points):
     {'loss': 1.5, 'history': [{'step': 1, 'loss': 1.0}, {'step': 2, 'loss': 2.0}]}
     """
     def mean(part):
+        """Each metric as its mean over a part of the points."""
         return {name: sum(point[name] for point in part) / len(part) for name in part[0]}
 
     width = math.ceil(len(points) / 50)  # updates that one point of the history averages
@@ -1831,6 +1832,7 @@ class JudgeReward:
         self.judge = functools.partial(judge, model, reward_config, **how)
 
     def __call__(self, prompts, responses):
+        """The scores of the responses, (B,). ValueError if there has not been a single one."""
         scores = self.judge(prompts, responses)
         self.has_scored |= not scores.isnan().all()
         require(self.has_scored, "no preference pair: the judge gave no score to any of the first "
@@ -2186,8 +2188,8 @@ class SelfRewardingTrainer:
         limit = getattr(model, "max_seq_len", math.inf)
         for stage, config in enumerate(self.configs):
             for name in ("max_new_tokens", "max_judge_tokens"):
-                value, where = getattr(config, name, 0), f"stage {stage} ({config.kind})"
-                require(value < limit, f"{where}: {name} = {value} is not below max_seq_len = {limit}")
+                value, where = getattr(config, name, 0), f"stage {stage} ({config.kind}): {name}"
+                require(value < limit, f"{where} = {value} is not below max_seq_len = {limit}")
 
     def _check(self):
         """Check whatever can be checked before any work."""
@@ -2217,6 +2219,7 @@ class SelfRewardingTrainer:
             self._evaluate(records)
 
         def after_update(step):
+            """Save the weights in the middle of a stage, if it says so."""
             every, path = self.configs[len(records)].checkpoint_every, self.path(len(records))
             if every is not None and step % every == 0:
                 self._save(path.with_suffix(f".step{step}.pt"), records)
@@ -2263,15 +2266,18 @@ class SelfRewardingTrainer:
         for key in then | now:
             require(then.get(key) == now.get(key),
                     f"{path} was made with {key} = {then.get(key)!r}, not {now.get(key)!r}")
-        load_weights(self.model, state, path)
+        try:
+            self.model.load_state_dict(state["model"])
+        except RuntimeError as error:  # its second line names the first weight that does not fit
+            raise ValueError(f"{path} holds weights of another model, shape {state['model_config']}"
+                             f": {str(error).splitlines()[1].strip()}") from error
         for record in state["records"][: None if state["is_evaluated"] else -1]:
             self.report(record)
         return state["records"], state["is_evaluated"]
 
     def _settings(self, stage):
         """What another run must share to go on after this stage; of data sets a checksum."""
-        found = {"seed": self.seed, **self.settings, "chat_template": self.text.chat_template,
-                 "eos_id": self.text.eos_id}
+        found = {"seed": self.seed, **self.settings, **vars(self.text)}
         found |= {f"judge {name}": judge for name, judge in self.judges.items()}
         for i, config in enumerate(self.configs[: stage + 1]):
             checksums = {name: checksum(data) for name, data in datasets_of(config).items()}
@@ -2283,10 +2289,10 @@ class SelfRewardingTrainer:
         """Write a checkpoint of the model as it is now, after the stage of the last record."""
         config, buffer = getattr(self.model, "config", None), io.BytesIO()
         shape = vars(config) if isinstance(config, ModelConfig) else None
+        state = {"format": "srlm 2", "model": self.model.state_dict(), "model_config": shape,
+                 "records": records, "is_evaluated": is_evaluated}
         if rank_and_world_size()[0] == 0:
-            torch.save({"format": "srlm 2", "model": self.model.state_dict(), "model_config": shape,
-                        "records": records, "is_evaluated": is_evaluated,
-                        "settings": self._settings(len(records) - 1)}, buffer)
+            torch.save({**state, "settings": self._settings(len(records) - 1)}, buffer)
         on_rank_zero(lambda: write_file(path, buffer.getvalue()))
 
 
@@ -2336,21 +2342,12 @@ def load_checkpoint(path):
     return state
 
 
-def load_weights(model, state, path):
-    """Give the model the weights of a checkpoint."""
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:  # its second line names the first weight that does not fit
-        raise ValueError(f"{path} holds weights of another model, shape {state['model_config']}: "
-                         f"{str(error).splitlines()[1].strip()}") from error
-
-
 def load_model(path):
     """The built-in Transformer with the weights of a checkpoint."""
     state = load_checkpoint(path)
     require(state["model_config"] is not None, f"{path} holds weights of another kind of model")
     model = Transformer(ModelConfig(**state["model_config"]))
-    load_weights(model, state, path)
+    model.load_state_dict(state["model"])
     return model.eval()
 
 
@@ -2378,18 +2375,18 @@ def propose_prompts(model, n, *, known=(), text=TextFormat(), is_valid=None, max
     header, _, footer = _VARIABLE.split(text.chat_template)
     require(bool(header and footer), f"propose_prompts: the chat template {text.chat_template!r} "
             "must say where a prompt begins and ends, by text before and after it")
-    found, counts = dict.fromkeys(known), dict(written=0, valid=0, new=0)
-    while counts["new"] < n and counts["written"] < max_tries * n:
+    taken, new, counts = set(known), {}, dict(written=0, valid=0, new=0)  # new: an ordered set
+    while len(new) < n and counts["written"] < max_tries * n:
         for row in sample(model, [text.ids(header)] * n, max_new_tokens=max_new_tokens,
                           eos_id=text.eos_id, **sampling):
             prompt, end, _ = text.text(row).partition(footer)
             valid = bool(end and prompt.strip()) and (is_valid is None or is_valid(prompt))
             counts["written"] += 1
             counts["valid"] += valid
-            if valid and prompt not in found:
-                counts["new"] += 1
-                found[prompt] = None
-    return list(found)[len(set(known)) :][:n], counts
+            if valid and prompt not in taken:
+                new[prompt] = None
+    counts["new"] = len(new)
+    return list(new)[:n], counts
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2426,8 +2423,7 @@ class Options(Recipe):
         if self.sft or self.judged or self.prompts:
             require(self.sft != "", "--judged and --prompts need --sft to begin with")
             require(self.judged != "" or "self" not in stages, "stage self needs --judged")
-            require("external" not in stages, "stage external needs a true score, which your data "
-                    "lack; in Python, ExternalRewardDPOConfig takes any reward")
+            require("external" not in stages, "stage external: your data have no true score")
 
     @classmethod
     def parse(cls, argv):
@@ -2485,9 +2481,7 @@ class OwnData:
     def read(self, flag, *fields):
         """The rows of a file that are learned from, and those that are held out."""
         path, limit = getattr(self.options, flag), self.options.max_seq_len
-        if not path:
-            return [], []
-        rows, learned, held_out = read_jsonl(path, fields), [], []
+        rows, learned, held_out = read_jsonl(path, fields) if path else [], [], []
         for number, row in enumerate(rows, 1):
             size = self.size(*row)
             require(size <= limit or self.options.skip_long, f"{path}, example {number}: {size} "
@@ -2498,34 +2492,38 @@ class OwnData:
         n_skipped = len(rows) - len(learned) - len(held_out)
         if n_skipped > 0:
             warnings.warn(f"{path}: {n_skipped} of {len(rows)} examples skipped, too long")
-        is_usable = learned != [] and (held_out != [] or flag != "sft")
+        is_usable = not path or len(learned) > 0 and (len(held_out) > 0 or flag != "sft")
         require(is_usable, f"--{flag} {path}: of {len(rows)} examples {len(held_out)} are held out "
                 f"(one prompt in ten is), {n_skipped} skipped, {len(learned)} left to learn from")
         return learned, held_out[: 5 * self.options.eval_prompts]
 
     def demonstrations(self, n):
-        """As of LetterWorld, like the next four; but all that the files hold, whatever n."""
+        """All (prompt, answer) pairs to learn from, whatever n."""
         return self.pairs
 
     def judgements(self, n, model, tidy):
+        """All (prompt, answer, verdict) triples to learn from, whatever n."""
         return [(prompt, response, self.verdict(score)) for prompt, response, score in self.judged]
 
     def verdict(self, score):
+        """The text in which the judge gives a score."""
         return f"= {np.format_float_positional(score, trim='-')}"  # never "1e-05"
 
     def graded_answers(self, model):
+        """The held-out (prompt, answer, score) triples."""
         return self.held_out_judged
 
     def prompts(self, n, purpose):
+        """n prompts, or all if there are fewer, drawn for a purpose."""
         rng = np.random.default_rng([self.options.seed, *encode(purpose)])
         return [self.own_prompts[i] for i in rng.permutation(len(self.own_prompts))[:n]]
 
 
-_COLUMNS = {  # heading: (key in metrics.jsonl, format)
-    "true score": ("oracle_score", ".2f"), "greedy": ("oracle_greedy", ".2f"),
-    "perfect": ("perfect_rate", ".0%"), "self-score": ("self_score", ".2f"), "win": ("win", ".0%"),
-    "lose": ("lose", ".0%"), "judge": ("judge_pairwise", ".1%"), "pairs": ("pairs", "d"),
-    "seconds": ("seconds", ".0f")}
+# heading: (key in metrics.jsonl, format)
+_COLUMNS = {"true score": ("oracle_score", ".2f"), "greedy": ("oracle_greedy", ".2f"),
+            "perfect": ("perfect_rate", ".0%"), "self-score": ("self_score", ".2f"),
+            "win": ("win", ".0%"), "lose": ("lose", ".0%"), "judge": ("judge_pairwise", ".1%"),
+            "pairs": ("pairs", "d"), "seconds": ("seconds", ".0f")}
 _MEASURES = ("oracle_score", "oracle_greedy", "perfect_rate", "self_score", "win", "tie", "lose",
              "judge_pairwise", "judge_best5", "judge_exact", "judge_spearman", "judge_kendall")
 
@@ -2560,10 +2558,9 @@ class Scoreboard:
     def __init__(self, world, text, demonstrations, made_with_m0, folder):
         self.world, self.text, self.made_with_m0, self.folder = world, text, made_with_m0, folder
         self.scores = []  # true scores (P, 5) of every model so far
-        self.lines = [{"model": "demonstrations", "oracle_score": None}]
-        if world.score is not None:
-            scores = [world.score(*pair) for pair in demonstrations]
-            self.lines[0]["oracle_score"] = float(np.mean(scores))
+        scores = [world.score(*pair) for pair in demonstrations] if world.score else []
+        mean = float(np.mean(scores)) if scores else None
+        self.lines = [{"model": "demonstrations", "oracle_score": mean}]
 
     def begin(self):
         """Print what the columns mean, which is the end of the docstring, and their headings."""
