@@ -1901,10 +1901,9 @@ def sum_over_processes(value):
 
 def sum_gradients_over_processes(weights):
     """Replace each gradient by its sum over the processes."""
-    if dist.is_initialized():
-        for weight in weights:
-            if weight.grad is not None:
-                dist.all_reduce(weight.grad)
+    for weight in weights:
+        if dist.is_initialized() and weight.grad is not None:
+            dist.all_reduce(weight.grad)
 
 
 def progress(steps, title):
@@ -2106,11 +2105,12 @@ def read_jsonl(path, fields):
         for name in dict.fromkeys([*row, *fields]):
             require(name in fields, f"{where}: unknown field {name!r}; known: {', '.join(fields)}")
             require(name in row, f"{where}: no field {name!r}")
-            value, needed = row[name], "a number from 0 to 5" if name == "score" else "a text"
-            is_text = isinstance(value, str) and value.strip() != ""
-            is_score = type(value) in (int, float) and 0 <= value <= 5
-            is_right = is_score if name == "score" else is_text
-            require(is_right, f"{where}: {name} is {value!r}, not {needed}")
+            value = row[name]
+            if name == "score":
+                is_right = type(value) in (int, float) and 0 <= value <= 5
+            else:
+                is_right = isinstance(value, str) and value.strip() != ""
+            require(is_right, f"{where}: {name} is {value!r}; a score is 0 to 5, all else a text")
         rows.append(tuple(row[name] for name in fields))
     require(len(rows) > 0, f"{path}: no examples")
     return rows
@@ -2440,14 +2440,13 @@ class Options(Recipe):
                  if given.get("quick") and item.metadata["quick"] is not None}
         return cls(**(quick | given))
 
-
     def settings(self):
         """What a resumed run must share with the run that it continues; of each file a checksum."""
-        may_differ = ("stages", "device", "checkpoints", "quick", "resume", "overwrite")
-        found = {name: value for name, value in vars(self).items() if name not in may_differ}
+        found = dict(vars(self))
+        for name in ("stages", "device", "checkpoints", "quick", "resume", "overwrite"):
+            del found[name]
         for flag in ("sft", "judged", "prompts"):
-            if found[flag]:
-                found[flag] = zlib.crc32(Path(found[flag]).read_bytes())
+            found[flag] = zlib.crc32(Path(found[flag]).read_bytes()) if found[flag] else None
         return found
 
 
