@@ -1302,7 +1302,7 @@ class StageConfig:
         """fit() the objective, and the replay data if there are any."""
         objectives = [objective]
         if self.replay_dataset is not None and self.replay_weight > 0:
-            items = checked_items(self.replay_dataset, "replay_dataset", model)
+            items = checked_data(self, "replay_dataset", model, context.text)
             objectives.append(sft_objective(items, self.replay_weight))
         return fit(model, objectives, self, seed=context.seed, after_update=context.after_update)
 
@@ -1320,7 +1320,7 @@ class SFTConfig(StageConfig):
     loss_on_prompt: bool = False
 
     def run(self, model, context):
-        items = checked_items(self.train_dataset, "train_dataset", model)
+        items = checked_data(self, "train_dataset", model, context.text)
         if self.loss_on_prompt:
             items = [(ids, 0) for ids, _ in items]
         return self.minimise(model, sft_objective(items), context)
@@ -1349,7 +1349,7 @@ class SelfPlayConfig(StageConfig):
     logit_filter: Callable | None = None
 
     def run(self, model, context):
-        items = checked_items(self.train_dataset, "train_dataset", model)
+        items = checked_data(self, "train_dataset", model, context.text)
 
         def write(start):
             chunk = [(ids[:n], ids[n:]) for ids, n in items[start : start + 64]]
@@ -1382,7 +1382,7 @@ class DPOConfig(StageConfig):
     max_epochs: float | None = 8  # more passes over few pairs overfit them
 
     def run(self, model, context):
-        pairs = checked_pairs(self.pair_dataset, "pair_dataset", model, context.text)
+        pairs = checked_data(self, "pair_dataset", model, context.text)
         pairs = with_reference_logprobs(model, pairs)
         loss_fn = functools.partial(self.loss_fn, beta=self.beta)
         return self.minimise(model, preference_objective(pairs, loss_fn, self.nll_weight), context)
@@ -1423,7 +1423,7 @@ def preference_round(model, reward_fn, config, context):
     >>> round(record["loss"], 4), record["pairs"]            # the policy starts at the reference
     (0.6931, 2)
     """
-    prompts = checked_prompts(config.prompt_dataset, "prompt_dataset", model)
+    prompts = checked_data(config, "prompt_dataset", model, context.text)
     # Write, judge, pair.
     pairs, counts = generate_preferences(
         model, prompts, reward_fn, n_candidates=config.n_candidates, n_pairs=config.n_pairs,
@@ -1824,8 +1824,7 @@ class EarlyStopping:
 
     def is_due(self, step, steps):
         """At steps n, 2n, 3n ...; at the last one if the stage is shorter than n."""
-        is_last_chance = step == steps and steps < self.every
-        return self.eval_fn is not None and (step % self.every == 0 or is_last_chance)
+        return self.eval_fn is not None and step % min(self.every, steps) == 0
 
     def look(self, model):
         """Evaluate the model; True if training should stop."""
@@ -1835,8 +1834,7 @@ class EarlyStopping:
         self.looks_since_best += 1
         if value > self.best:  # never true of NaN
             self.best, self.looks_since_best = value, 0
-            state = model.state_dict()
-            self.best_weights = {name: weight.clone() for name, weight in state.items()}
+            self.best_weights = {name: w.clone() for name, w in model.state_dict().items()}
         return self.looks_since_best == self.patience
 
     def restore(self, model):
@@ -1852,6 +1850,7 @@ def summary_of(points):
     {'loss': 1.5, 'history': [{'step': 1, 'loss': 1.0}, {'step': 2, 'loss': 2.0}]}
     """
     def mean(part):
+        """Each metric as its mean over a part of the points."""
         return {name: sum(point[name] for point in part) / len(part) for name in part[0]}
 
     width = math.ceil(len(points) / 50)  # updates that one point of the history averages
@@ -1865,16 +1864,16 @@ class JudgeReward:
     stage whose judge gives no score to any answer of the first prompts."""
 
     def __init__(self, model, reward_config, **how):
-        self.replies = deque(maxlen=3)
-        self.n_scores = 0
-        how = dict(how, on_reply=self.replies.append)
+        self.replies, self.has_scored = deque(maxlen=3), False
+        how["on_reply"] = self.replies.append
         self.judge = functools.partial(judge, model, reward_config, **how)
 
     def __call__(self, prompts, responses):
+        """The scores of the responses, (B,). ValueError if there has not been a single one."""
         scores = self.judge(prompts, responses)
-        self.n_scores += int((~scores.isnan()).sum())
-        require(self.n_scores > 0, "no preference pair: the judge gave no score to any of the "
-                f"first {len(responses)} answers, all unparsed{quoted_replies(self)}")
+        self.has_scored |= not scores.isnan().all()
+        require(self.has_scored, "no preference pair: the judge gave no score to any of the first "
+                f"{len(responses)} answers, all unparsed{quoted_replies(self)}")
         return scores
 
 
@@ -1903,6 +1902,7 @@ def join_processes():
 
 
 def rank_and_world_size():
+    """The number of this process, and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -1927,6 +1927,7 @@ def parallel_map(work, items, title):
 
 
 def sum_over_processes(value):
+    """The sum of one number of each process."""
     if not dist.is_initialized():
         return value
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -1936,10 +1937,10 @@ def sum_over_processes(value):
 
 
 def sum_gradients_over_processes(weights):
-    if dist.is_initialized():
-        for weight in weights:
-            if weight.grad is not None:
-                dist.all_reduce(weight.grad)
+    """Replace each gradient by its sum over the processes."""
+    for weight in weights:
+        if dist.is_initialized() and weight.grad is not None:
+            dist.all_reduce(weight.grad)
 
 
 def progress(steps, title):
@@ -1953,45 +1954,42 @@ def progress(steps, title):
 # --------------------------------------------------------------------------------------------------
 # A user's mistake becomes one line that says what is wrong, where, and both values.
 
-_MAY_BE_ZERO = ("warmup", "weight_decay", "temperature", "judge_temperature", "replay_weight",
-                "nll_weight", "seed")
+_LOWEST = {"n_candidates": 2, "warmup": 0, "weight_decay": 0, "temperature": 0, "seed": 0,
+           "judge_temperature": 0, "replay_weight": 0, "nll_weight": 0}  # all others: above 0
 
 
 def check_number(name, value, shown_as):
     """Refuse a number that makes no sense for the setting of this name."""
-    if type(value) not in (int, float):
-        return
-    lowest = 2 if name == "n_candidates" else 0
-    is_large_enough = value >= lowest if lowest or name in _MAY_BE_ZERO else value > 0
-    rule = f"{lowest} or more" if lowest or name in _MAY_BE_ZERO else "above 0"
-    require(is_large_enough and value < math.inf, f"{shown_as} is not {rule}")
-    require(name != "warmup" or value <= 1, f"{shown_as} is not a share, 0 to 1, of the steps")
+    if type(value) in (int, float):
+        lowest = _LOWEST.get(name)
+        is_large_enough = value > 0 if lowest is None else value >= lowest
+        rule = "above 0" if lowest is None else f"{lowest} or more"
+        require(is_large_enough and value < math.inf, f"{shown_as} is not {rule}")
+        require(name != "warmup" or value <= 1, f"{shown_as} is not a share, 0 to 1, of the steps")
 
 
 def check_fields(config):
+    """Refuse a stage with a number, a mode or a data set that makes no sense."""
+    stage, mode = type(config).__name__, config.eval_mode
+    require(mode in ("max", "min"), f'{stage}: eval_mode = {mode!r} is neither "max" nor "min"')
     for name, value in vars(config).items():
-        field_name = f"{type(config).__name__}: {name}"
-        check_number(name, value, f"{field_name} = {value!r}")
-        if name == "eval_mode":
-            require(value in ("max", "min"), f'{field_name} = {value!r} is neither "max" nor "min"')
-        if name.endswith("_dataset") and value is not None and not callable(value):
-            check_dataset(value, field_name)
+        check_number(name, value, f"{stage}: {name} = {value!r}")
+    for name, dataset in datasets_of(config).items():
+        check_dataset(dataset, f"{stage}: {name}")
+
+
+def datasets_of(config):
+    """The data sets of a stage by name, but not those that are functions of the model."""
+    return {name: value for name, value in vars(config).items()
+            if name.endswith("_dataset") and value is not None and not callable(value)}
 
 
 def check_dataset(dataset, name):
+    """Refuse what has no length or no index, and what is empty."""
     is_indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
     require(is_indexed and not isinstance(dataset, (str, bytes, dict)), f"{name} is a "
             f"{type(dataset).__name__}; it must have a length and an index, as a list has")
     require(len(dataset) > 0, f"{name} is empty")
-
-
-def entries(dataset, name, model):
-    """All entries of a data set, or of what a function of the model returns."""
-    if callable(dataset):
-        make_dataset = dataset
-        dataset = on_rank_zero(lambda: make_dataset(model))
-    check_dataset(dataset, name)
-    return [dataset[i] for i in range(len(dataset))]
 
 
 def vocabulary_size(model):
@@ -2007,12 +2005,11 @@ def as_ids(ids, name):
     """One row of token ids as a tensor on the CPU."""
     try:
         row = torch.as_tensor(ids).cpu()
-        is_integer = not row.is_floating_point()
-        is_valid = row.ndim == 1 and (len(row) == 0 or is_integer and row.min() >= 0)
+        is_integer = len(row) == 0 or not row.is_floating_point()  # as_tensor([]) holds floats
+        is_valid = row.ndim == 1 and is_integer and (row >= 0).all()
     except (TypeError, ValueError, RuntimeError):
         is_valid = False
-    if not is_valid:
-        raise ValueError(f"{name}: {str(ids)[:60]!r} is not a row of token ids, integers from 0 on")
+    require(is_valid, f"{name}: {str(ids)[:60]!r} is not a row of token ids, integers from 0 on")
     return row.long()
 
 
@@ -2030,53 +2027,56 @@ def checked_rows(prompts, pad_id, limit):
     return rows
 
 
-def checked_items(dataset, name, model):
-    """The training items (ids, prompt_len) of a data set."""
-    items, limit, vocab = [], getattr(model, "max_seq_len", math.inf), vocabulary_size(model)
-    for i, entry in enumerate(entries(dataset, name, model)):
-        try:
-            ids, n = entry
-            n = operator.index(n)  # an integer of Python, numpy or torch
-        except (TypeError, ValueError):
-            shown = str(entry)[:60]
-            raise ValueError(f"{name}: item {i} is {shown!r}, not (ids, prompt_len)") from None
-        ids = as_ids(ids, f"{name}: item {i}")
-        require(0 <= n < len(ids) and 2 <= len(ids) <= limit, f"{name}: item {i} has {len(ids)} "
-                f"tokens, {n} of them prompt; it needs a response, 2 tokens, max_seq_len={limit}")
-        require(ids.max() < vocab, f"{name}: item {i} has token {ids.max()}, vocabulary {vocab}")
-        items.append((ids, n))
-    return items
+def checked_data(config, name, model, text):
+    """The entries of a data set of a stage, or of what a function of the model returns. ValueError
+    names the data set and the first entry that is wrong."""
+    dataset = getattr(config, name)
+    rows = on_rank_zero(lambda: dataset(model)) if callable(dataset) else dataset
+    check_dataset(rows, name)
+    read = {"prompt_dataset": as_prompt, "pair_dataset": as_pair}.get(name, as_item)
+    limits = getattr(model, "max_seq_len", math.inf), vocabulary_size(model)
+    return [read(rows[i], f"{name}: item {i}", text, limits) for i in range(len(rows))]
 
 
-def checked_prompts(dataset, name, model):
-    prompts = entries(dataset, name, model)
-    for i, prompt in enumerate(prompts):
-        kind = type(prompt).__name__
-        require(isinstance(prompt, str), f"{name}: prompt {i} is a {kind}, not a str")
-    return prompts
+def as_prompt(entry, where, *_):
+    """A prompt: a str."""
+    require(isinstance(entry, str), f"{where} is a {type(entry).__name__}, not a str")
+    return entry
 
 
-def checked_pairs(dataset, name, model, text):
-    """The pairs of a data set: each a PreferencePair, or texts (prompt, chosen, rejected)."""
-    pairs, limit, vocab = [], getattr(model, "max_seq_len", math.inf), vocabulary_size(model)
-    for i, pair in enumerate(entries(dataset, name, model)):
-        where = f"{name}: pair {i}"
-        if isinstance(pair, PreferencePair):
-            prompt, chosen, rejected = (as_ids(ids, where) for ids in pair[:3])
-            pair = pair._replace(prompt=prompt, chosen=chosen, rejected=rejected)
-        elif isinstance(pair, (tuple, list)) and [type(part) for part in pair] == [str] * 3:
-            (ids, n), (other, _) = text.item(pair[0], pair[1]), text.item(pair[0], pair[2])
-            pair = PreferencePair(ids[:n], ids[n:], other[n:])
-        else:
-            raise ValueError(f"{where} is {str(pair)[:60]!r}, not texts (prompt, chosen, rejected)")
-        sizes = [len(ids) for ids in pair[:3]]
-        require(min(sizes) > 0 and sizes[0] + max(sizes[1:]) <= limit, f"{where} has {sizes} "
-                f"tokens in prompt, chosen and rejected; each needs 1, and max_seq_len={limit}")
-        largest = int(torch.cat(pair[:3]).max())
-        require(largest < vocab, f"{where} has token {largest}, vocabulary {vocab}")
-        require(not pair.chosen.equal(pair.rejected), f"{where} has two equal answers")
-        pairs.append(pair)
-    return pairs
+def as_item(entry, where, _, limits):
+    """A training item (ids, prompt_len)."""
+    try:
+        ids, n = entry
+        n = operator.index(n)  # an integer of Python, numpy or torch
+    except (TypeError, ValueError):
+        raise ValueError(f"{where} is {str(entry)[:60]!r}, not (ids, prompt_len)") from None
+    ids = as_ids(ids, where)
+    check_text(ids, n, where, limits)
+    return ids, n
+
+
+def as_pair(entry, where, text, limits):
+    """A PreferencePair, made of one or of texts (prompt, chosen, rejected)."""
+    if not isinstance(entry, PreferencePair):
+        is_texts = isinstance(entry, (tuple, list)) and [type(x) for x in entry] == [str] * 3
+        require(is_texts, f"{where} is {str(entry)[:60]!r}, not texts (prompt, chosen, rejected)")
+        (ids, n), (other, _) = text.item(entry[0], entry[1]), text.item(entry[0], entry[2])
+        entry = PreferencePair(ids[:n], ids[n:], other[n:])
+    prompt, chosen, rejected = (as_ids(ids, where) for ids in entry[:3])
+    require(len(prompt) > 0, f"{where} has a prompt of 0 tokens")
+    check_text(torch.cat((prompt, chosen)), len(prompt), where, limits)
+    check_text(torch.cat((prompt, rejected)), len(prompt), where, limits)
+    require(not chosen.equal(rejected), f"{where} has two equal answers")
+    return PreferencePair(prompt, chosen, rejected, *entry[3:])
+
+
+def check_text(ids, prompt_len, where, limits):
+    """Refuse a text that has no response, or that does not fit the model."""
+    max_seq_len, vocab = limits
+    require(0 <= prompt_len < len(ids) and 2 <= len(ids) <= max_seq_len, f"{where} has {len(ids)} "
+            f"tokens, {prompt_len} of them prompt; it needs a response, 2 tokens, {max_seq_len=}")
+    require(ids.max() < vocab, f"{where} has token {ids.max()}, vocabulary {vocab}")
 
 
 def checked_pick(picked, n):
@@ -2123,19 +2123,16 @@ def write_file(path, data):
 
 def json_lines(path):
     """(where, object) of each line of a JSON-lines file. ValueError names file, line and reason."""
+    where = path
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if line.strip():
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
             where = f"{path}, line {number}"
-            try:
+            if line.strip():
                 row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
-            require(isinstance(row, dict), f"{where}: not an object but {line[:40]!r}")
-            yield where, row
+                require(isinstance(row, dict), f"not an object but {line[:40]!r}")
+                yield where, row
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def read_jsonl(path, fields):
@@ -2147,11 +2144,10 @@ def read_jsonl(path, fields):
             require(name in row, f"{where}: no field {name!r}")
             value = row[name]
             if name == "score":
-                require(type(value) in (int, float) and 0 <= value <= 5,
-                        f"{where}: score is {value!r}, not a number from 0 to 5")
+                is_right = type(value) in (int, float) and 0 <= value <= 5
             else:
-                require(isinstance(value, str) and value.strip() != "",
-                        f"{where}: {name} is {value!r}, not a text")
+                is_right = isinstance(value, str) and value.strip() != ""
+            require(is_right, f"{where}: {name} is {value!r}; a score is 0 to 5, all else a text")
         rows.append(tuple(row[name] for name in fields))
     require(len(rows) > 0, f"{path}: no examples")
     return rows
@@ -2180,19 +2176,19 @@ def load_pairs(path, text):
     are the same wherever a text survives decoding and encoding."""
     pairs = []
     for where, row in json_lines(path):
-        ids, scores = [], []
         for name in ("prompt", "chosen", "rejected"):
             value = row.get(name)
             require(isinstance(value, str), f"{where}: {name} is {value!r}, not a text")
-            ended = name != "prompt" and row.get(name + "_ended", True) and text.eos_id is not None
-            end = torch.tensor([text.eos_id] if ended else [], dtype=torch.long)
-            ids.append(torch.cat((text.ids(value), end)))
-        for name in ("score_chosen", "score_rejected"):
-            score = row.get(name)
+        prompt, answers, scores = text.ids(row["prompt"]), [], []
+        for name in ("chosen", "rejected"):
+            has_end = row.get(name + "_ended", True) and text.eos_id is not None
+            end = prompt.new_tensor([text.eos_id] if has_end else [])
+            answers.append(torch.cat((text.ids(row[name]), end)))
+            score = row.get("score_" + name)
             is_score = score is None or type(score) in (int, float)
-            require(is_score, f"{where}: {name} is {score!r}, not a number")
+            require(is_score, f"{where}: score_{name} is {score!r}, not a number")
             scores.append(math.nan if score is None else float(score))
-        pairs.append(PreferencePair(*ids, *scores))
+        pairs.append(PreferencePair(prompt, *answers, *scores))
     require(len(pairs) > 0, f"{path}: no pairs")
     return pairs
 
@@ -2229,9 +2225,21 @@ class SelfRewardingTrainer:
         limit = getattr(model, "max_seq_len", math.inf)
         for stage, config in enumerate(self.configs):
             for name in ("max_new_tokens", "max_judge_tokens"):
-                value = getattr(config, name, 0)
-                require(value < limit, f"stage {stage} ({config.kind}): {name} = {value} leaves no "
-                        f"room for a prompt, max_seq_len = {limit}")
+                value, where = getattr(config, name, 0), f"stage {stage} ({config.kind}): {name}"
+                require(value < limit, f"{where} = {value} is not below max_seq_len = {limit}")
+
+    def _check(self):
+        """Check whatever can be checked before any work."""
+        vocab, eos_id = vocabulary_size(self.model), self.text.eos_id
+        world_size = rank_and_world_size()[1]
+        require(eos_id is None or 0 <= eos_id < vocab, f"eos_id={eos_id} is outside the model's "
+                f"vocabulary of {vocab}; with eos_id=None answers end by length")
+        for stage, config in enumerate(self.configs):
+            with stage_named(stage, config):
+                require(config.batch_size >= world_size, f"batch_size={config.batch_size} leaves "
+                        f"some of {world_size} processes without an example")
+                for name in datasets_of(config):
+                    checked_data(config, name, self.model, self.text)
 
     def path(self, stage):
         """The checkpoint of a stage."""
@@ -2241,13 +2249,14 @@ class SelfRewardingTrainer:
         """Run the stages. Returns the record of each: stage, kind, seconds, steps, loss, history;
         for preference stages reward_accuracy, reward_margin, chosen_logprob, rejected_logprob;
         for stages that write pairs also their counts; and what `evaluate` found."""
-        self._check_all()
+        self._check()
         records, is_evaluated = on_rank_zero(lambda: self._begin(overwrite_checkpoints, resume))
         self.model.load_state_dict(on_rank_zero(self.model.state_dict))  # the same everywhere
         if not is_evaluated:
             self._evaluate(records)
 
         def after_update(step):
+            """Save the weights in the middle of a stage, if it says so."""
             every, path = self.configs[len(records)].checkpoint_every, self.path(len(records))
             if every is not None and step % every == 0:
                 self._save(path.with_suffix(f".step{step}.pt"), records)
@@ -2255,30 +2264,12 @@ class SelfRewardingTrainer:
         context = Context(self.text, self.judges, self.seed, after_update)
         began = time.perf_counter()
         for record in run_stages(self.model, self.configs, context, first=len(records)):
-            records.append(plain({**record, "seconds": round(time.perf_counter() - began, 2)}))
+            records.append({**record, "seconds": round(time.perf_counter() - began, 2)})
             # Save before evaluating: an error in `evaluate` must not lose the finished stage.
             self._save(self.path(record["stage"]), records, is_evaluated=False)
             self._evaluate(records)
             began = time.perf_counter()
         return records
-
-    def _check_all(self):
-        """Check whatever can be checked before any work."""
-        vocab, eos_id = vocabulary_size(self.model), self.text.eos_id
-        world_size = rank_and_world_size()[1]
-        require(eos_id is None or 0 <= eos_id < vocab, f"eos_id={eos_id} is outside the model's "
-                f"vocabulary of {vocab}; with eos_id=None answers end by length")
-        checks = dict(train_dataset=checked_items, replay_dataset=checked_items,
-                      prompt_dataset=checked_prompts,
-                      pair_dataset=functools.partial(checked_pairs, text=self.text))
-        for stage, config in enumerate(self.configs):
-            with stage_named(stage, config):
-                require(config.batch_size >= world_size, f"batch_size={config.batch_size} leaves "
-                        f"some of {world_size} processes without an example")
-                for name, check in checks.items():
-                    dataset = getattr(config, name, None)
-                    if dataset is not None and not callable(dataset):
-                        check(dataset, name, self.model)
 
     def _evaluate(self, records):
         """Complete the last record, save it again, and report it."""
@@ -2305,49 +2296,40 @@ class SelfRewardingTrainer:
         finished = [stage for stage in range(len(self.configs)) if self.path(stage).exists()]
         if not finished:
             return [], True
-        last = self.path(finished[-1])
-        require(resume, f"{last} exists; resume goes on after it, overwrite replaces it")
-        state = load_checkpoint(last)
-        self._compare_settings(last, finished[-1], state["settings"])
-        load_weights(self.model, state, last)
+        path = self.path(finished[-1])
+        require(resume, f"{path} exists; resume goes on after it, overwrite replaces it")
+        state = load_checkpoint(path)
+        then, now = state["settings"], self._settings(finished[-1])
+        for key in then | now:
+            require(then.get(key) == now.get(key),
+                    f"{path} was made with {key} = {then.get(key)!r}, not {now.get(key)!r}")
+        try:
+            self.model.load_state_dict(state["model"])
+        except RuntimeError as error:  # its second line names the first weight that does not fit
+            raise ValueError(f"{path} holds weights of another model, shape {state['model_config']}"
+                             f": {str(error).splitlines()[1].strip()}") from error
         for record in state["records"][: None if state["is_evaluated"] else -1]:
             self.report(record)
         return state["records"], state["is_evaluated"]
 
-    def _all_settings(self):
-        """Whatever the run depends on and can be compared, data as fingerprints."""
-        flat = {"seed": self.seed, **self.settings, "chat_template": self.text.chat_template,
-                "eos_id": self.text.eos_id}
-        templates = lambda judge: [judge.prompt_template, judge.reward_regex_template,
-                                   list(judge.reward_range or ())]
-        flat |= {f"judge {name}": templates(judge) for name, judge in self.judges.items()}
-        for stage, config in enumerate(self.configs):
-            flat[f"stage {stage}, kind"] = config.kind
-            for name, value in vars(config).items():
-                if name.endswith("_dataset") and not (value is None or callable(value)):
-                    flat[f"stage {stage}, fingerprint of {name}"] = fingerprint(value)
-                elif isinstance(value, RewardConfig):
-                    flat[f"stage {stage}, {name}"] = templates(value)
-                elif isinstance(value, (int, float, str, type(None))):
-                    flat[f"stage {stage}, {name}"] = value
-        return plain(flat)
-
-    def _compare_settings(self, path, finished, then):
-        """Refuse to resume a different run. Settings of stages after `finished` may change."""
-        now = self._all_settings()
-        for key in [*then, *(key for key in now if key not in then)]:
-            stage = re.match(r"stage (\d+)", key)
-            if stage is None or int(stage[1]) <= finished:
-                require(then.get(key) == now.get(key), f"{path} was made with {key} = "
-                        f"{then.get(key)!r}, not {now.get(key)!r}")
+    def _settings(self, stage):
+        """What another run must share to go on after this stage; of data sets a checksum."""
+        found = {"seed": self.seed, **self.settings, **vars(self.text)}
+        found |= {f"judge {name}": judge for name, judge in self.judges.items()}
+        for i, config in enumerate(self.configs[: stage + 1]):
+            checksums = {name: checksum(data) for name, data in datasets_of(config).items()}
+            fields = {"kind": config.kind, **vars(config), **checksums}
+            found |= {f"stage {i}, {name}": value for name, value in fields.items()}
+        return json.loads(json.dumps(found, default=comparable))
 
     def _save(self, path, records, is_evaluated=True):
+        """Write a checkpoint of the model as it is now, after the stage of the last record."""
         config, buffer = getattr(self.model, "config", None), io.BytesIO()
-        shape = dataclasses.asdict(config) if isinstance(config, ModelConfig) else None
+        shape = vars(config) if isinstance(config, ModelConfig) else None
+        state = {"format": "srlm 2", "model": self.model.state_dict(), "model_config": shape,
+                 "records": records, "is_evaluated": is_evaluated}
         if rank_and_world_size()[0] == 0:
-            torch.save({"format": "srlm 2", "model": self.model.state_dict(), "model_config": shape,
-                        "records": records, "is_evaluated": is_evaluated,
-                        "settings": self._all_settings()}, buffer)
+            torch.save({**state, "settings": self._settings(len(records) - 1)}, buffer)
         on_rank_zero(lambda: write_file(path, buffer.getvalue()))
 
 
@@ -2368,25 +2350,27 @@ def plain(values):
         raise ValueError(f"{str(values)[:60]!r} cannot be written as JSON ({error})") from error
 
 
-def fingerprint(dataset):
-    """A checksum of all entries."""
+def comparable(value):
+    """For JSON: a judge as its fields, a tensor as its numbers, a function or a model as None."""
+    if isinstance(value, RewardConfig):
+        return vars(value)
+    return value.tolist() if hasattr(value, "tolist") else None
+
+
+def checksum(dataset):
+    """A number that changes with the entries and their order."""
     crc = 0
     for i in range(len(dataset)):
-        entry = dataset[i]
-        parts = entry if isinstance(entry, (tuple, list)) else [entry]
-        parts = [part.tolist() if hasattr(part, "tolist") else part for part in parts]
-        parts = [list(part) if isinstance(part, tuple) else part for part in parts]
-        crc = zlib.crc32(repr(parts).encode("utf-8", errors="replace"), crc)
+        crc = zlib.crc32(json.dumps(dataset[i], default=comparable).encode(), crc)
     return crc
 
 
 def load_checkpoint(path):
     """What a checkpoint holds: model (the weights), model_config, records, settings. Nothing in the
     file is executed. ValueError, with the path, for anything but a whole checkpoint of srlm."""
+    require(Path(path).exists(), f"{path} does not exist")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} does not exist") from error
     except Exception as error:  # torch raises half a dozen kinds for damaged files
         raise ValueError(f"{path} is damaged or not a checkpoint ({type(error).__name__}); delete "
                          "it, and resume runs its stage again") from error
@@ -2395,20 +2379,12 @@ def load_checkpoint(path):
     return state
 
 
-def load_weights(model, state, path):
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:  # its second line names the first weight that does not fit
-        raise ValueError(f"{path} holds weights of another model, shape {state['model_config']}: "
-                         f"{str(error).splitlines()[1].strip()}") from error
-
-
 def load_model(path):
     """The built-in Transformer with the weights of a checkpoint."""
     state = load_checkpoint(path)
     require(state["model_config"] is not None, f"{path} holds weights of another kind of model")
     model = Transformer(ModelConfig(**state["model_config"]))
-    load_weights(model, state, path)
+    model.load_state_dict(state["model"])
     return model.eval()
 
 
@@ -2436,18 +2412,18 @@ def propose_prompts(model, n, *, known=(), text=TextFormat(), is_valid=None, max
     header, _, footer = _VARIABLE.split(text.chat_template)
     require(bool(header and footer), f"propose_prompts: the chat template {text.chat_template!r} "
             "must say where a prompt begins and ends, by text before and after it")
-    found, counts = dict.fromkeys(known), dict(written=0, valid=0, new=0)
-    while counts["new"] < n and counts["written"] < max_tries * n:
+    taken, new, counts = set(known), {}, dict(written=0, valid=0, new=0)  # new: an ordered set
+    while len(new) < n and counts["written"] < max_tries * n:
         for row in sample(model, [text.ids(header)] * n, max_new_tokens=max_new_tokens,
                           eos_id=text.eos_id, **sampling):
             prompt, end, _ = text.text(row).partition(footer)
             valid = bool(end and prompt.strip()) and (is_valid is None or is_valid(prompt))
             counts["written"] += 1
             counts["valid"] += valid
-            if valid and prompt not in found:
-                counts["new"] += 1
-                found[prompt] = None
-    return list(found)[len(set(known)) :][:n], counts
+            if valid and prompt not in taken:
+                new[prompt] = None
+    counts["new"] = len(new)
+    return list(new)[:n], counts
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2473,21 +2449,22 @@ class Options(Recipe):
     skip_long: bool = setting(False, None, "leave out, and count, what is longer in your files")
 
     def __post_init__(self):
+        """Refuse what makes no sense, before any work."""
         for name, value in vars(self).items():
             check_number(name, value, f"--{name.replace('_', '-')} {value}")
         require(self.seed < 2**64, f"--seed {self.seed} is not below 2**64 = {2**64}")
-        stages, files = self.stages.split(","), self.sft or self.judged or self.prompts
-        for stage in stages:
-            require(stage in ("sft", "self", "spin", "external"),
-                    f"--stages: {stage!r} is none of sft, self, spin, external")
+        stages = self.stages.split(",")
+        require(set(stages) <= {"sft", "self", "spin", "external"},
+                f"--stages {self.stages}: one is none of sft, self, spin, external")
         require(stages[0] == "sft", "--stages must begin with sft: before it no model can answer")
-        require(not files or self.sft != "", "--judged and --prompts need --sft to begin with")
-        require(not files or self.judged != "" or "self" not in stages, "stage self needs --judged")
-        require(not files or "external" not in stages, "stage external: nobody knows the true "
-                "score of your data; in Python, ExternalRewardDPOConfig takes any reward")
+        if self.sft or self.judged or self.prompts:
+            require(self.sft != "", "--judged and --prompts need --sft to begin with")
+            require(self.judged != "" or "self" not in stages, "stage self needs --judged")
+            require("external" not in stages, "stage external: your data have no true score")
 
     @classmethod
     def parse(cls, argv):
+        """The options of a command line. What is not given has its default, or that of --quick."""
         parser = argparse.ArgumentParser(prog="srlm.py", description=__doc__.split("\n\n")[1],
                                          epilog='To ask a model: srlm.py ask CHECKPOINT "PROMPT"')
         for item in dataclasses.fields(cls):
@@ -2500,6 +2477,17 @@ class Options(Recipe):
                  if given.get("quick") and item.metadata["quick"] is not None}
         return cls(**(quick | given))
 
+    def settings(self):
+        """What a resumed run must share with the run that it continues, beside the settings of its
+        finished stages; of each file a checksum."""
+        names = ("dim", "depth", "max_seq_len", "demonstrations", "judgements", "eval_prompts",
+                 "tidy", "instructions", "skip_long")
+        found = {name: getattr(self, name) for name in names}
+        for flag in ("sft", "judged", "prompts"):
+            path = getattr(self, flag)
+            found[flag] = zlib.crc32(Path(path).read_bytes()) if path else None
+        return found
+
 
 class OwnData:
     """A world made of your own files. Nobody knows a true score here, so `score` is None.
@@ -2510,84 +2498,76 @@ class OwnData:
     CHAT_TEMPLATE, JUDGE, score = LetterWorld.CHAT_TEMPLATE, LetterWorld.JUDGE, None
 
     def __init__(self, options):
-        self.seed, limit = options.seed, options.max_seq_len
-
-        def size(prompt, response="", score=0.25):  # for the judge, with a verdict
-            asked, verdict = self.JUDGE.render(prompt, response), self.verdict(score)
-            return len(encode(asked + verdict)) + 1
-
-        def read(flag, *fields):
-            """The rows of a file that are learned from, and those that are held out."""
-            path = getattr(options, flag)
-            rows = read_jsonl(path, fields) if path else []
-            fitting = [row for row in rows if size(*row) <= limit]
-            for number, row in enumerate(rows, 1):
-                require(size(*row) <= limit or options.skip_long, f"{path}, example {number}: "
-                        f"{size(*row)} bytes for the judge, but --max-seq-len is {limit}; "
-                        "--skip-long skips it")
-            if len(fitting) < len(rows):
-                n_skipped = len(rows) - len(fitting)
-                warnings.warn(f"{path}: {n_skipped} of {len(rows)} examples skipped, longer than "
-                              f"{limit} bytes for the judge")
-            parts = ([], [])
-            for row in fitting:
-                parts[zlib.crc32(bytes(encode(row[0]))) % 10 == 0].append(row)
-            learned, held_out = parts
-            require(not path or len(learned) > 0, f"--{flag} {path}: none of {len(rows)} examples "
-                    f"is left to learn from; {len(held_out)} are held out, the others skipped")
-            require(flag != "sft" or len(held_out) > 0, f"--sft {path}: no prompt is held out to "
-                    "measure on (one in ten is, by its CRC-32); it needs more different prompts")
-            return learned, held_out[: 5 * options.eval_prompts]
-
-        self.pairs, self.held_out = read("sft", "prompt", "response")
-        self.judged, self.held_out_judged = read("judged", "prompt", "response", "score")
+        self.options = options
+        self.pairs, self.held_out = self.read("sft", "prompt", "response")
+        self.judged, self.held_out_judged = self.read("judged", "prompt", "response", "score")
+        prompts, _ = self.read("prompts", "prompt")
+        self.own_prompts = sorted({row[0] for row in prompts or self.pairs})
         held_out_prompts = dict.fromkeys(row[0] for row in self.held_out)
         self.eval_prompts = list(held_out_prompts)[: options.eval_prompts]
-        self.own_prompts = sorted({row[0] for row in read("prompts", "prompt")[0] or self.pairs})
-        if len(self.own_prompts) > options.stage_prompts:
-            warnings.warn(f"each later stage draws {options.stage_prompts} of "
-                          f"{len(self.own_prompts)} prompts; --stage-prompts changes that")
+        n, n_drawn = len(self.own_prompts), options.stage_prompts
+        if n > n_drawn:
+            warnings.warn(f"--stage-prompts: each later stage draws {n_drawn} of {n} prompts")
         # The longest answer seen, or less if the judge could not read it under the longest prompt.
-        longest = max(map(size, [*self.eval_prompts, *self.own_prompts]))
-        longest_answer = max(len(encode(answer)) for _, answer in self.pairs)
-        self.max_new_tokens = 1 + min(limit - longest, longest_answer)
+        room = options.max_seq_len - max(map(self.size, [*self.eval_prompts, *self.own_prompts]))
+        self.max_new_tokens = 1 + min(room, max(len(encode(answer)) for _, answer in self.pairs))
+
+    def size(self, prompt, response="", score=0.25):
+        """How many tokens the judge prompt has, together with a verdict."""
+        return len(encode(self.JUDGE.render(prompt, response) + self.verdict(score))) + 1
+
+    def read(self, flag, *fields):
+        """The rows of a file that are learned from, and those that are held out."""
+        path, limit = getattr(self.options, flag), self.options.max_seq_len
+        rows, learned, held_out = read_jsonl(path, fields) if path else [], [], []
+        for number, row in enumerate(rows, 1):
+            size = self.size(*row)
+            require(size <= limit or self.options.skip_long, f"{path}, example {number}: {size} "
+                    f"bytes for the judge, but --max-seq-len is {limit}; --skip-long skips it")
+            if size <= limit:
+                is_held_out = zlib.crc32(bytes(encode(row[0]))) % 10 == 0
+                (held_out if is_held_out else learned).append(row)
+        n_skipped = len(rows) - len(learned) - len(held_out)
+        if n_skipped > 0:
+            warnings.warn(f"{path}: {n_skipped} of {len(rows)} examples skipped, too long")
+        is_usable = not path or len(learned) > 0 and (len(held_out) > 0 or flag != "sft")
+        require(is_usable, f"--{flag} {path}: of {len(rows)} examples {len(held_out)} are held out "
+                f"(one prompt in ten is), {n_skipped} skipped, {len(learned)} left to learn from")
+        return learned, held_out[: 5 * self.options.eval_prompts]
 
     def demonstrations(self, n):
+        """All (prompt, answer) pairs to learn from, whatever n."""
         return self.pairs
 
     def judgements(self, n, model, tidy):
+        """All (prompt, answer, verdict) triples to learn from, whatever n."""
         return [(prompt, response, self.verdict(score)) for prompt, response, score in self.judged]
 
-    @staticmethod
-    def verdict(score):
+    def verdict(self, score):
+        """The text in which the judge gives a score."""
         return f"= {np.format_float_positional(score, trim='-')}"  # never "1e-05"
 
     def graded_answers(self, model):
+        """The held-out (prompt, answer, score) triples."""
         return self.held_out_judged
 
     def prompts(self, n, purpose):
-        rng = np.random.default_rng([self.seed, *encode(purpose)])
+        """n prompts, or all if there are fewer, drawn for a purpose."""
+        rng = np.random.default_rng([self.options.seed, *encode(purpose)])
         return [self.own_prompts[i] for i in rng.permutation(len(self.own_prompts))[:n]]
 
 
-_COLUMNS = {  # heading: (key in metrics.jsonl, format)
-    "true score": ("oracle_score", ".2f"), "greedy": ("oracle_greedy", ".2f"),
-    "perfect": ("perfect_rate", ".0%"), "self-score": ("self_score", ".2f"), "win": ("win", ".0%"),
-    "lose": ("lose", ".0%"), "judge": ("judge_pairwise", ".1%"), "pairs": ("pairs", "d"),
-    "seconds": ("seconds", ".0f")}
-_KEYS = ("stage", "kind", "model", "seconds", "loss", "oracle_score", "oracle_greedy",
-         "perfect_rate", "self_score", "win", "tie", "lose", "judge_pairwise", "judge_best5",
-         "judge_exact", "judge_spearman", "judge_kendall")
-_LEGEND = """\
-true score  mean points, of 5, of answers drawn at temperature 1; greedy: of the most likely answers
-perfect     share of the drawn answers with all five points
-self-score  mean score that the model gives its own answers; above the true score, it fools itself
-win, lose   share of answers better and worse than those of the model in the line above
-judge       share of pairs of answers, the same for all models, that it puts in the right order
-"""
+# heading: (key in metrics.jsonl, format)
+_COLUMNS = {"true score": ("oracle_score", ".2f"), "greedy": ("oracle_greedy", ".2f"),
+            "perfect": ("perfect_rate", ".0%"), "self-score": ("self_score", ".2f"),
+            "win": ("win", ".0%"), "lose": ("lose", ".0%"), "judge": ("judge_pairwise", ".1%"),
+            "pairs": ("pairs", "d"), "seconds": ("seconds", ".0f")}
+_MEASURES = ("oracle_score", "oracle_greedy", "perfect_rate", "self_score", "win", "tie", "lose",
+             "judge_pairwise", "judge_best5", "judge_exact", "judge_spearman", "judge_kendall")
 
 
 def table_row(line):
+    """A line of metrics.jsonl as a row of the table."""
     row = f"{line['model']:<14}"
     for heading, (key, form) in _COLUMNS.items():
         cell = "-" if line.get(key) is None else format(line[key], form)
@@ -2603,39 +2583,27 @@ def say(*lines):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def make_world(options):
-    """The world of a run: LetterWorld, or the user's files."""
-    if options.sft:
-        return OwnData(options)
-    names = options.instructions.split(",")
-    return LetterWorld(names, n_eval=options.eval_prompts, seed=options.seed)
-
-
-def settings_of(options):
-    """What a resumed run must share with the run that it continues, beyond the finished stages."""
-    must_agree = ("dim", "depth", "max_seq_len", "demonstrations", "judgements", "eval_prompts",
-                  "tidy", "instructions", "skip_long")
-    settings = {name: getattr(options, name) for name in must_agree}
-    for flag in ("sft", "judged", "prompts"):
-        path = getattr(options, flag)
-        settings[f"contents of --{flag}"] = zlib.crc32(Path(path).read_bytes()) if path else None
-    return settings
-
-
 class Scoreboard:
-    """Measures each model of a run, prints the table as it grows, and writes metrics.jsonl."""
+    """Measures each model of a run, prints the table as it grows, and writes metrics.jsonl.
+
+    true score  mean points, of 5, of answers drawn at temperature 1; greedy: of the likeliest ones
+    perfect     share of the drawn answers with all five points
+    self-score  mean score that the model gives its answers; above the true score, it fools itself
+    win, lose   share of answers better and worse than those of the model in the line above
+    judge       share of pairs of answers, the same for all models, that it puts in the right order
+    """
 
     def __init__(self, world, text, demonstrations, made_with_m0, folder):
         self.world, self.text, self.made_with_m0, self.folder = world, text, made_with_m0, folder
         self.scores = []  # true scores (P, 5) of every model so far
-        self.lines = [{"model": "demonstrations", "oracle_score": None}]
-        if world.score is not None:
-            scores = [world.score(*pair) for pair in demonstrations]
-            self.lines[0]["oracle_score"] = float(np.mean(scores))
+        scores = [world.score(*pair) for pair in demonstrations] if world.score else []
+        mean = float(np.mean(scores)) if scores else None
+        self.lines = [{"model": "demonstrations", "oracle_score": mean}]
 
     def begin(self):
+        """Print what the columns mean, which is the end of the docstring, and their headings."""
         heading = " " * 14 + "".join(f"  {heading:>4}" for heading in _COLUMNS)
-        say(_LEGEND, heading, table_row(self.lines[0]))
+        say(textwrap.dedent(self.__doc__.partition("\n\n")[2]), heading, table_row(self.lines[0]))
 
     def evaluate(self, model):
         """The trainer's `evaluate`. M0 has seen no judge prompt, so it is not asked to judge."""
@@ -2644,12 +2612,15 @@ class Scoreboard:
         found = measure(model, self.world, self.text, graded_answers, previous)
         if self.world.score is None:
             items = [self.text.item(*pair) for pair in self.world.held_out]
-            found["held_out_loss"] = float(sft_loss(model, *collate(items, device_of(model))))
+            pieces = pieces_by_tokens([len(ids) for ids, _ in items])  # bounds the memory of logits
+            loss = sft_objective(items).loss
+            sums = [loss(model, [items[i] for i in piece])[:2] for piece in pieces]
+            found["held_out_loss"] = float(sum(x for x, _ in sums) / sum(n for _, n in sums))
         return found
 
     def report(self, record):
         """The trainer's `report`."""
-        line = {**dict.fromkeys(_KEYS), **record, "model": f"M{record['stage']}"}
+        line = {"model": f"M{record['stage']}", **dict.fromkeys(_MEASURES), **record}
         self.scores.append(line.pop("scores", None))
         self.lines.append(line)
         data = "".join(json.dumps(line) + "\n" for line in self.lines)
@@ -2657,6 +2628,7 @@ class Scoreboard:
         say(table_row(line))
 
     def conclude(self, path):
+        """Compare the last model with M1, and say how to ask it."""
         if self.world.score is not None and len(self.scores) > 2:
             shares = head_to_head(self.scores[-1], self.scores[1])
             last = self.lines[-1]["model"]
@@ -2671,9 +2643,13 @@ def train(options, world=None):
     try:
         torch.empty(0, device=options.device)
     except Exception as error:  # torch raises half a dozen kinds
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {options.device}: {reason}") from error
-    world, folder = world or make_world(options), Path(options.checkpoints)
+        raise ValueError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
+    if world is None and options.sft:
+        world = OwnData(options)
+    elif world is None:
+        names = options.instructions.split(",")
+        world = LetterWorld(names, n_eval=options.eval_prompts, seed=options.seed)
+    folder = Path(options.checkpoints)
     text = TextFormat(chat_template=world.CHAT_TEMPLATE)
     demonstrations = world.demonstrations(options.demonstrations)
 
@@ -2692,7 +2668,7 @@ def train(options, world=None):
         Transformer(config, torch.Generator().manual_seed(options.seed)),
         recipe_stages(options, world, demonstrations, make_judgements), seed=options.seed,
         chat_template=world.CHAT_TEMPLATE, self_reward_prompt_config=world.JUDGE,
-        checkpoints_folder=folder, device=options.device, settings=settings_of(options),
+        checkpoints_folder=folder, device=options.device, settings=options.settings(),
         evaluate=board.evaluate, report=board.report)
     on_rank_zero(board.begin)
     trainer(overwrite_checkpoints=options.overwrite, resume=options.resume)
