@@ -514,7 +514,7 @@ class Transformer(nn.Module):
 def top_k(logits, k):
     """Keep the k largest logits of each row, and all that equal the k-th: (B, V) -> (B, V).
 
-    ValueError if k < 1.
+    The others become -inf. A k above V keeps all. ValueError if k < 1.
 
     >>> top_k(torch.tensor([[1.0, 3.0, 2.0]]), k=2)
     tensor([[-inf, 3., 2.]])
@@ -1002,7 +1002,9 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
     """Write N candidates for each prompt, reward them, and pick one pair of each prompt.
 
     Prompts are answered in order, in chunks: reward_fn gets all N candidates of a prompt at once.
+    It returns numbers of shape (B,) or (B, 1) in any form, NaN where it has no opinion.
     n_pairs: stop when there are so many. There is never more than one pass over the prompts.
+    All draws follow from the seed.
     is_valid_pair(chosen_reward, rejected_reward): chosen > rejected unless you say otherwise.
     sampling: max_new_tokens, temperature, logit_filter of sample().
 
