@@ -2487,7 +2487,7 @@ class Options(Recipe):
         found = {name: getattr(self, name) for name in names}
         for flag in ("sft", "judged", "prompts"):
             path = getattr(self, flag)
-            found[flag] = zlib.crc32(Path(path).read_bytes()) if path else None
+            found[f"contents of --{flag}"] = zlib.crc32(Path(path).read_bytes()) if path else None
         return found
 
 
