@@ -43,7 +43,7 @@ Part I is the algorithm, in the order in which one would teach it. Part II is en
 files, resuming, several processes, the command line. Part I uses these functions of Part II; skip
 the list now, and come back to it when you meet one of them:
 
-    check_fields, as_rewards          raise ValueError for a user's mistake
+    check_fields, refuse_old_names, as_rewards     raise ValueError for a user's mistake
     checked_items (_prompts, _pairs)  all entries of a data set, or ValueError for the first bad one
     evaluating(model)                 a block without gradients and in evaluation mode
     seeded(seed), combine_seeds       a block whose random draws depend on the seed alone
@@ -841,7 +841,7 @@ class RewardConfig:
         """The score of the LAST verdict in the reply; None if there is no verdict, or if its score
         is outside reward_range, whatever stands before. Never raises (parse_reward may).
 
-        A score is a decimal number with ASCII digits, such as 4, -1, 2.5 or .5.
+        A score is a finite decimal number with ASCII digits, such as 4, -1, 2.5 or .5.
         Case, the amount of white space, Markdown emphasis, and one opening bracket or quote before
         the number do not matter; white space between literal text and the number may be missing.
         """
@@ -1296,6 +1296,10 @@ class StageConfig:
     checkpoint_every: int | None = None  # updates between checkpoints; None: only one, at the end
     replay_dataset: Any = None  # items (ids, prompt_len) to rehearse, against forgetting
     replay_weight: float = 1.0  # weight of their sft_loss
+
+    def __new__(cls, **fields):
+        refuse_old_names(cls, fields)
+        return super().__new__(cls)
 
     def __post_init__(self):
         check_fields(self)
@@ -1968,6 +1972,19 @@ def check_number(name, value, shown_as):
         rule = "above 0" if lowest is None else f"{lowest} or more"
         require(is_large_enough and value < math.inf, f"{shown_as} is not {rule}")
         require(name != "warmup" or value <= 1, f"{shown_as} is not a share, 0 to 1, of the steps")
+
+
+_OLD_NAMES = {  # of self-rewarding-lm-pytorch
+    "dpo_beta": "beta", "spin_λ": "lam", "num_train_steps": "steps", "pad_id": "not needed",
+    "gen_temperature": "temperature", "pick_paired_rewards_fn": "pick_pair",
+    "num_generated_preference_pairs": "n_pairs", "start_learning_rate": "learning_rate",
+    "max_seq_len": "max_new_tokens, without the prompt"}
+
+
+def refuse_old_names(cls, fields):
+    """Name the new word for a field of the older package."""
+    for old in fields.keys() & _OLD_NAMES.keys():
+        raise ValueError(f"{cls.__name__}: {old} is now {_OLD_NAMES[old]}; see README.md")
 
 
 def check_fields(config):
