@@ -1975,7 +1975,7 @@ def check_number(name, value, shown_as):
 
 
 _OLD_NAMES = {  # of self-rewarding-lm-pytorch
-    "dpo_beta": "beta", "spin_λ": "lam", "num_train_steps": "steps", "pad_id": "not needed",
+    "dpo_beta": "beta", "spin_λ": "lam", "num_train_steps": "steps",
     "gen_temperature": "temperature", "pick_paired_rewards_fn": "pick_pair",
     "num_generated_preference_pairs": "n_pairs", "start_learning_rate": "learning_rate",
     "max_seq_len": "max_new_tokens, without the prompt"}
