@@ -3,6 +3,8 @@
     pytest                              # the dev profile: 25 drawn examples of a property
     SRLM_PROFILE=thorough pytest        # 200
     CI=1 pytest                         # the same examples every time
+    pytest -k part1                     # Part I alone, in half a minute
+    python test_srlm.py --help          # the grader: units, blank, grade, faults, audit
 
 Part I compares each function with a slow and obvious computation, or with theory on policies that
 are small enough to solve. Hypothesis draws the examples and prints the smallest one that fails.
@@ -674,13 +676,18 @@ def test_an_error_of_sampling_says_what_is_wrong(prompts, how, complaint):
 
 
 @grades("sample")
-def test_the_most_likely_token_is_one_that_the_filter_keeps():
-    """At temperature 0 the filter counts too, and a token with the logit -inf is never drawn."""
+def test_at_temperature_0_the_filter_counts_too():
+    """The most likely token is the likeliest of those that the filter keeps."""
     no_best = lambda logits: logits.masked_fill(logits == logits.amax(-1, keepdim=True), -INF)
-    model, masked = HashModel(5), torch.tensor([-INF, 0, -INF, 0, 0])
+    model = HashModel(5)
     row, = srlm.sample(model, [[1]], max_new_tokens=1, temperature=0, logit_filter=no_best)
     same(row.tolist(), [int(model(torch.tensor([[1]]))[0, -1].argsort()[-2])])
-    model.table.data += masked
+
+
+def test_a_token_that_the_model_rules_out_is_never_drawn():
+    """A token with the logit -inf is never drawn."""
+    model = HashModel(5)
+    model.table.data += torch.tensor([-INF, 0, -INF, 0, 0])
     rows = srlm.sample(model, [[1]] * 50, max_new_tokens=3, eos_id=None, generator=generator(0))
     same(sorted(set(torch.cat(rows).tolist())), [1, 3, 4])
 
@@ -1197,11 +1204,11 @@ NUMBER = st.one_of(st.integers(-10**6, 10**6).map(str), st.floats(-1e6, 1e6).map
 
 
 @grades("RewardConfig.parse")
-@given(LITERAL, LITERAL, NUMBER, st.sampled_from(["", " "]))
-def test_every_number_round_trips_through_any_template(before, after, number, space):
+@given(LITERAL, LITERAL, NUMBER)
+def test_every_number_round_trips_through_any_template(before, after, number):
     """Whole, decimal and negative numbers are read, and all text around {{ reward }} is literal."""
-    config = verdict(before + space + "{{ reward }}" + space + after)
-    same(config.parse(before + space + number + space + after), float(number))
+    config = verdict(f"{before} {{{{ reward }}}} {after}")
+    same(config.parse(f"{before} {number} {after}"), float(number))
 
 
 TOUCHING = st.lists(st.sampled_from([*SPECIAL, ".*", "\\", "(", ")", " ", "  ", "\n", "5", "-", "+", "."]),
@@ -1303,10 +1310,13 @@ def test_a_number_alone_is_not_entered_in_its_middle(reply, score):
 
 @grades("RewardConfig.parse")
 def test_your_own_parser_replaces_the_template():
-    """parse_reward reads the reply instead of the template; the range holds for it too."""
+    """parse_reward reads the reply instead of the template; the range holds for it too, and a score
+    that is not finite is none."""
     config = dataclasses.replace(SCORE, parse_reward=lambda reply: len(reply) / 2 if reply else None)
     same([config.parse(reply) for reply in ("Score: 4", "abc", "")], [4.0, 1.5, None])
     same(dataclasses.replace(config, reward_range=(0, 2)).parse("Score: 4"), None)
+    numbers = dataclasses.replace(config, parse_reward=float)
+    same([numbers.parse(reply) for reply in ("1", "nan", "inf")], [1.0, None, None])
 
 
 @given(st.text(), st.text())
@@ -2091,6 +2101,15 @@ EOS, CONTRACT = r"eos_id=%d\b.*\b9\b.*eos_id=None", "%s.*logits.*wrap"
 ROOM = r"stage 0 \(self-reward\): %s = 20 .*max_seq_len = 20"
 
 
+@pytest.mark.parametrize("old, new", [("dpo_beta", "beta"), ("num_train_steps", "steps"), ("spin_λ", "lam")])
+def test_a_name_of_the_older_package_is_answered_with_the_new_one(old, new):
+    """A field of self-rewarding-lm-pytorch is an error that names the field that has taken its place."""
+    with pytest.raises(ValueError, match=f"SFTConfig: {old} is now {new}"):
+        srlm.SFTConfig(train_dataset=ITEMS, **{old: 1})
+    config = stage("sft")
+    assert pickle.loads(pickle.dumps(config)).steps == dataclasses.replace(config).steps == config.steps
+
+
 @pytest.mark.parametrize("kinds, fields, how, words", [
     *[(KINDS, {}, dict(eos_id=eos_id), EOS % eos_id) for eos_id in (9, 256, -1)],
     (KINDS, {}, dict(model=returning(lambda logits: (logits, None))), CONTRACT % "tuple"),
@@ -2864,6 +2883,7 @@ JOBS = {  # in the order in which they run; arguments of python
     "killed": TORCHRUN + calls("train_until_one_dies"),
     "readme": calls("run_the_readme"),
     "notebook": calls("run_the_notebook"),
+    "grader": calls("try_the_grader"),
     "faults": [Path(__file__).resolve(), "faults"]}
 
 
@@ -3584,6 +3604,13 @@ def run_the_readme():
     print(f"{len(blocks)} blocks ran")
 
 
+def test_the_readme_names_tests_that_exist():
+    """Every test that the README cites is a test of this file."""
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    cited = {name for name in re.findall(r"`(test_\w+)`", readme)}
+    assert cited <= set(globals()) and len(cited) > 5
+
+
 @needs("readme")
 def test_the_readme_blocks_run(job):
     """Every python block of the README runs as it stands, in an empty folder."""
@@ -3591,12 +3618,19 @@ def test_the_readme_blocks_run(job):
 
 
 def run_the_notebook():
-    """Runs the notebook with FAST switched on and prints the scores that it found."""
+    """Runs the notebook with FAST switched on and every exercise replaced by its solution."""
     import nbclient
     import nbformat
     notebook = nbformat.read(HERE / "tutorial.ipynb", as_version=4)
     switch, = [cell for cell in notebook.cells if cell.source == "FAST = False"]
     switch.source = "FAST = True"
+    solution, n_solved = "", 0
+    for cell in reversed(notebook.cells):  # an exercise stands above its solution
+        if "<summary>Solution" in cell.source:
+            solution = re.search(r"```python\n(.*?)```", cell.source, re.DOTALL)[1]
+        if "exercise" in cell.metadata.get("tags", []):
+            cell.source, n_solved = solution, n_solved + 1
+    assert n_solved >= 8
     asks = "import json; print(json.dumps([teacher, *(float(scores[name]) for name in ('M1', 'M2', 'M3'))]))"
     notebook.cells.append(nbformat.v4.new_code_cell(asks))
     nbclient.NotebookClient(notebook, timeout=300).execute()
@@ -3615,6 +3649,73 @@ def test_the_notebook_is_stored_as_it_ran_and_runs_again(job):
     assert not any(output.get("name") == "stderr" for output in outputs)
     teacher, first, second, third = json.loads(job("notebook")[1].strip().splitlines()[-1])
     assert 2.5 < teacher < 3.5 and first < teacher + 0.3 and first + 0.3 < second < third + 0.5
+
+
+# ================================================================================================
+# 17. The grader
+# ================================================================================================
+
+HAND_IN = """
+from srlm import *
+
+def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta=0.1):
+    chosen, rejected = beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected)
+    return F.softplus(rejected - chosen), chosen.detach(), rejected.detach()
+
+def pick_best_worst(rewards):
+    raise NotImplementedError
+
+def encode(text):
+    return [ord(letter) for letter in text]
+
+def top_k(logits, k):
+    while True:
+        pass
+
+class RewardConfig:
+    def parse(self, reply):
+        return self.first_number(reply)
+
+    def first_number(self, reply):
+        found = re.search(r"[0-9]+", reply)
+        return float(found[0]) if found else None
+"""
+
+
+def try_the_grader():
+    """Grades a hand-in of five functions, then audits the example of the README with three faults."""
+    global SECONDS, FAULTS
+    SECONDS = 20
+    Path("mine.py").write_text(HAND_IN)
+    print("exit code", main(["grade", "mine.py"]))
+    FAULTS = "\n\n".join(FAULTS.strip("\n").split("\n\n")[:3])
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    example, = [block for block in blocks if "test_chain_rule_in_a_batch" in block]
+    Path("my_tests.py").write_text(example)
+    print("exit code", main(["audit", "my_tests.py"]))
+
+
+@posix
+@needs("grader")
+def test_the_grader_tells_right_from_wrong(job):
+    """A right function passes whatever its method, a wrong one fails with words, an endless one is stopped."""
+    _, output = job("grader")
+    for line in (r"dpo_loss +3 of 3", r"pick_best_worst +not written yet", r"encode +0 of 2", r"top_k +0 of 3",
+                 r" +stopped after 20 s: an endless loop\?", r" +expected \| yours",
+                 r"RewardConfig.parse +2 of 8", r" +smallest counterexample: numbers=\['-1'\], between=''", "exit code 1", "my_tests.py: .* catch 3 of 3 faults", "exit code 0"):
+        assert re.search(f"^{line}", output, re.MULTILINE), f"{line}\n{output}"
+
+
+def test_units_and_blanks(capsys):
+    """Every unit is listed with its tests, and a blank of it has its signature and no code."""
+    assert main(["units"]) is None and main(["blank"]) is None
+    listed, _, blanks = capsys.readouterr().out.partition('"""')
+    compile('"""' + blanks, "blank", "exec")
+    for unit, tests in UNITS.items():
+        assert re.search(rf"{unit} +{len(tests)} tests", listed) and f"def {unit.split('.')[-1]}(" in blanks
+    assert blanks.count("raise NotImplementedError") == len(UNITS) >= 16
+    assert main(["blank", "nothing"]) == main(["grade", "nowhere.py"]) == 2
 
 
 @needs("faults")
@@ -3688,6 +3789,7 @@ def _work(sender, change, path, names):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     os.environ["SRLM_PROFILE"] = "grade"  # the same examples for everyone
     settings.load_profile("grade")
+    sys.modules.pop("test_srlm", None)  # it is imported again, after the change
     function, *arguments = change
     try:
         function(*arguments)
@@ -4056,8 +4158,7 @@ def plant(folder):
     os.environ.update(PYTHONPATH=str(folder), SRLM_PROFILE="faults")
     settings.load_profile("faults")
     sys.path.insert(0, str(folder))
-    for name in ("srlm", "test_srlm"):
-        sys.modules.pop(name, None)
+    sys.modules.pop("srlm", None)
     importlib.import_module("srlm")
 
 
