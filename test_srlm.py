@@ -14,38 +14,16 @@ and runs every test so marked. Such a test relies on the docstring of the functi
 and any order of random numbers will do, and of an error only its type counts.
 """
 
-import argparse
-import ast
-import concurrent.futures
 import contextlib
 import dataclasses
 import doctest
-import errno
-import functools
-import gc
-import importlib.util
-import inspect
-import io
 import itertools
-import json
 import math
-import multiprocessing
 import os
-import pickle
 import re
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import textwrap
 import time
 import types
-import warnings
-import zlib
 from collections import defaultdict
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -1892,6 +1870,29 @@ for name, function in list(globals().items()):
 # Part II: runs
 # ==================================================================================================
 
+import argparse
+import ast
+import concurrent.futures
+import errno
+import functools
+import gc
+import importlib.util
+import inspect
+import io
+import json
+import multiprocessing
+import pickle
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+import warnings
+import zlib
+from pathlib import Path
+
 posix = pytest.mark.skipif(os.name == "nt", reason="needs fork, SIGALRM or SIGKILL, which Windows lacks")
 
 
@@ -2861,7 +2862,7 @@ def test_a_model_is_loaded_as_it_was_saved(tmp_path):
 # Jobs: programs that run in the background
 # ================================================================================================
 # A program that takes more than a few seconds is a job. When pytest starts, the fixture looks which
-# jobs the selected tests need, and a second thread runs them one after another, each in a process and
+# jobs the selected tests need, and two threads run them in their order, each in a process and
 # a folder of its own, while pytest works through the other tests. A test says with @needs which jobs
 # it needs, and job(name) waits for the end of one and returns its folder and output.
 
@@ -2916,10 +2917,10 @@ def job(request, tmp_path_factory):
 
     tests = [getattr(item, "function", None) for item in request.session.items]
     needed = {name for test in tests for name in getattr(test, "jobs", ())}
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        started = {name: thread.submit(work, name) for name in JOBS if name in needed}
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        started = {name: threads.submit(work, name) for name in JOBS if name in needed}
         yield finished
-        thread.shutdown(wait=False, cancel_futures=True)  # matters where pytest stops early
+        threads.shutdown(wait=False, cancel_futures=True)  # matters where pytest stops early
         for process in running:
             process.terminate()
 
@@ -3685,7 +3686,7 @@ class RewardConfig:
 def try_the_grader():
     """Grades a hand-in of five functions, then audits the example of the README with three faults."""
     global SECONDS, FAULTS
-    SECONDS = 20
+    SECONDS = 12
     Path("mine.py").write_text(HAND_IN)
     print("exit code", main(["grade", "mine.py"]))
     FAULTS = "\n\n".join(FAULTS.strip("\n").split("\n\n")[:3])
@@ -3702,7 +3703,7 @@ def test_the_grader_tells_right_from_wrong(job):
     """A right function passes whatever its method, a wrong one fails with words, an endless one is stopped."""
     _, output = job("grader")
     for line in (r"dpo_loss +3 of 3", r"pick_best_worst +not written yet", r"encode +0 of 2", r"top_k +0 of 3",
-                 r" +stopped after 20 s: an endless loop\?", r" +expected \| yours",
+                 r" +stopped after 12 s: an endless loop\?", r" +expected \| yours",
                  r"RewardConfig.parse +2 of 8", r" +smallest counterexample: numbers=\['-1'\], between=''", "exit code 1", "my_tests.py: .* catch 3 of 3 faults", "exit code 0"):
         assert re.search(f"^{line}", output, re.MULTILINE), f"{line}\n{output}"
 
@@ -3753,11 +3754,11 @@ class Messenger:
             self.report("import", ImportError(str(report.longrepr).splitlines()[-1]))
 
 
-def run_tests(path, names, report):
+def run_tests(path, names, report, *options):
     """Run tests of a file in this process, silently; all of its tests if no names are given."""
     tests = [f"{path}::{name}" for name in names] or [str(path)]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        pytest.main(["-p", "no:cacheprovider", *tests], plugins=[Messenger(report)])
+        pytest.main(["-p", "no:cacheprovider", *options, *tests], plugins=[Messenger(report)])
 
 
 def run_in_process(change, path, names=()):
@@ -3796,7 +3797,8 @@ def _work(sender, change, path, names):
     except BaseException as error:
         sender.send(("import", words_of(error)))
     else:
-        run_tests(path, names, lambda name, error: sender.send((name, words_of(error))))
+        options = ["--assert=plain"] if function is plant else []  # no words needed, a second saved
+        run_tests(path, names, lambda name, error: sender.send((name, words_of(error))), *options)
     os._exit(0)  # without the clean-up that belongs to the parent
 
 
