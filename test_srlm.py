@@ -2879,9 +2879,9 @@ def calls(function):
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2 --no-python".split() + [sys.executable]
 JOBS = {  # in the order in which they run; arguments of python
     "quick": [SCRIPT, "--quick", "--checkpoints", "run"],
-    "resumed": calls("resume_the_quick_run"),
     "together": TORCHRUN + calls("train_every_kind"),
     "killed": TORCHRUN + calls("train_until_one_dies"),
+    "resumed": calls("resume_the_quick_run"),
     "readme": calls("run_the_readme"),
     "notebook": calls("run_the_notebook"),
     "grader": calls("try_the_grader"),
@@ -2897,9 +2897,11 @@ def needs(*names):
 
 @pytest.fixture(scope="session", autouse=True)
 def job(request, tmp_path_factory):
-    base, running = tmp_path_factory.mktemp("jobs"), []
+    base, running, started = tmp_path_factory.mktemp("jobs"), [], {}
 
     def work(name):
+        if name == "resumed":
+            started["quick"].result()  # it goes on with that run
         (base / name).mkdir()
         with open(base / name / "output", "wb") as output:
             process = subprocess.Popen(
@@ -2918,7 +2920,8 @@ def job(request, tmp_path_factory):
     tests = [getattr(item, "function", None) for item in request.session.items]
     needed = {name for test in tests for name in getattr(test, "jobs", ())}
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        started = {name: threads.submit(work, name) for name in JOBS if name in needed}
+        for name in (name for name in JOBS if name in needed):
+            started[name] = threads.submit(work, name)
         yield finished
         threads.shutdown(wait=False, cancel_futures=True)  # matters where pytest stops early
         for process in running:
