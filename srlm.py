@@ -5,7 +5,8 @@ more probability to the answer it graded best and less to the one it graded wors
 makes its answers better than the demonstrations it learned from, as long as its grades are right
 more often than wrong.
 
-    M0   the base model: it learns the demonstrations as plain texts, prompts and answers alike
+    M0   stands in for a pretrained model: from random weights, it learns the demonstrations as
+         plain texts, prompts and answers alike
     M1   M0 after supervised fine-tuning (SFT) on demonstrations, and on examples of grading, in
          which a program has written the grade of an answer
     M2   M1 after DPO (section 5: a loss on pairs of a better and a worse answer) on pairs that M1
@@ -43,10 +44,12 @@ Part I is the algorithm, in the order in which one would teach it. Part II is en
 files, resuming, several processes, the command line. Part I uses these functions of Part II; skip
 the list now, and come back to it when you meet one of them:
 
-    check_fields, refuse_old_names, as_rewards     raise ValueError for a user's mistake
-    checked_items (_prompts, _pairs)  all entries of a data set, or ValueError for the first bad one
+    check_fields, refuse_old_names    ValueError for a user's mistake; for names of another package
+    checked_data(config, name, model)      all entries of a data set, or ValueError for a bad one
+    checked_rows, checked_pick, as_rewards     rows without padding, a pick, (B,) rewards
     evaluating(model)                 a block without gradients and in evaluation mode
-    seeded(seed), combine_seeds       a block whose random draws depend on the seed alone
+    seeded(seed), combine_seeds       a block whose random draws depend on the seed alone; then
+                                      torch's generator goes on as if the block had not been
     pieces_by_tokens(lengths)         row numbers sorted by length, in pieces of bounded size
     progress(steps, title)            steps, with a progress bar
     parallel_map(f, items, title)     map(f, items), lazily; several processes would share the items
@@ -205,8 +208,8 @@ class LetterWorld:
 
     def demonstrate(self, prompt, rng):
         """A sloppy answer: half have letters swapped, lost or inserted, seven in ten lack "Sure: ",
-        and seven in ten the full stop. They score 3 on average. So does the most likely answer of a
-        model that imitates them: relevant, complete and ordered, without "Sure: " and full stop."""
+        and seven in ten the full stop. They score 3 on average. The most likely answer of a model
+        that imitates them scores 3 too: relevant, complete, ordered, without "Sure: " and "."."""
         body = self.target(prompt)
         for _ in range(rng.choice(3, p=(0.5, 0.3, 0.2))):  # 0, 1 or 2 mistakes
             body = one_mistake(body, self.letters, rng)
@@ -263,8 +266,8 @@ class LetterWorld:
         return [(prompt, answer, self.verdict(prompt, answer)) for prompt, answer in pairs]
 
     def graded_answers(self, model):
-        """What every judge is measured by: (prompt, answer, true score), five answers of the model
-        to each held-out prompt."""
+        """What judges are measured by: (prompt, answer, true score), five answers of `model` to
+        each held-out prompt. The recipe passes M0, so that all judges get the same answers."""
         asked = [prompt for prompt in self.eval_prompts for _ in range(5)]
         pairs = zip(asked, self.write(model, asked, temperature=1.0))
         return [(prompt, answer, self.score(prompt, answer)) for prompt, answer in pairs]
@@ -347,14 +350,14 @@ class TextFormat:
     (tensor([ 62,  32, 104, 105,  58, 121, 111, 256]), 5)
     """
 
-    # Functions that are stored in an instance, as here, are called without self.
+    # The dataclass stores these functions in the instance, where they are called without self.
     encode: Callable[[str], Sequence[int] | Tensor] = encode
     decode: Callable[[Tensor], str] = decode
     chat_template: str = "{{ prompt }}"
     eos_id: int | None = EOS
 
     def __post_init__(self):
-        check_template("chat_template", self.chat_template, ["prompt"])  # its indentation stays
+        check_template("chat_template", self.chat_template, ["prompt"])  # only checked
 
     def ids(self, text):
         """Token ids of a text, 1-D."""
@@ -664,7 +667,7 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 # optimum: maximise a reward r of responses y drawn from the policy pi, but pay beta for every nat
 # by which the policy leaves the reference ref:
 #
-#     max_pi  E[ r(x, y) ] - beta KL(pi || ref)
+#     max_pi  E[ r(x, y) ] - beta KL(pi || ref),    KL = sum over y of pi log(pi / ref)
 #
 # Set its derivative by each pi(y|x) to zero, with a multiplier m(x) that keeps the sum over y at 1:
 #
@@ -839,7 +842,7 @@ class RewardConfig:
 
     def parse(self, reply):
         """The score of the LAST verdict in the reply; None if there is no verdict, or if its score
-        is outside reward_range, whatever stands before. Never raises (parse_reward may).
+        is outside reward_range, even after a valid one. Never raises (parse_reward may).
 
         A score is a finite decimal number with ASCII digits, such as 4, -1, 2.5 or .5.
         Case, the amount of white space, Markdown emphasis, and one opening bracket or quote before
@@ -889,7 +892,7 @@ DEFAULT_REWARD_CONFIG = RewardConfig(
     Score: <total points, 0 to 5>
     """,
     reward_regex_template="Score: {{ reward }}", reward_range=(0, 5))
-"""For a real chat model, whose own chat format has to be part of the template. The judge of [1],
+"""For a real chat model: wrap it in the chat format of your model first. The judge of [1],
 which was asked to add up points as here, ordered 65 % of the pairs of answers as people do."""
 
 # The judge of the letter world (section 1) is short, because its model reads bytes. Only the sum is
@@ -1002,7 +1005,7 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
     """Write N candidates for each prompt, reward them, and pick one pair of each prompt.
 
     Prompts are answered in order, in chunks: reward_fn gets all N candidates of a prompt at once.
-    It returns numbers of shape (B,) or (B, 1) in any form, NaN where it has no opinion.
+    reward_fn returns B = P * N numbers, (B,) or (B, 1), in any form; NaN where it has no opinion.
     n_pairs: stop when there are so many. There is never more than one pass over the prompts.
     All draws follow from the seed.
     is_valid_pair(chosen_reward, rejected_reward): chosen > rejected unless you say otherwise.
@@ -1146,7 +1149,8 @@ def preference_objective(pairs, loss_fn, nll_weight=0.0):
             chosen, rejected, ref_chosen, ref_rejected)
         losses = losses - nll_weight * chosen
         return losses.sum(), len(batch), {
-            "reward_accuracy": (implicit_chosen > implicit_rejected).sum(),  # chosen gained more
+            # How often the chosen gained more than the rejected. It says nothing of the judge.
+            "reward_accuracy": (implicit_chosen > implicit_rejected).sum(),
             "reward_margin": (implicit_chosen - implicit_rejected).sum(),
             "chosen_logprob": (chosen - ref_chosen).detach().sum(),  # change since the stage began
             "rejected_logprob": (rejected - ref_rejected).detach().sum()}
@@ -1154,8 +1158,8 @@ def preference_objective(pairs, loss_fn, nll_weight=0.0):
 
 
 def with_reference_logprobs(model, pairs):
-    """Freeze the reference: the pairs, sorted by length, with ref_chosen and ref_rejected under the
-    model as it is now.
+    """Freeze the reference: the pairs, sorted by length (fit shuffles them), with ref_chosen and
+    ref_rejected under the model as it is now.
 
     These numbers are all that DPO needs of its reference, so no second model is kept, and the
     reference cannot change by mistake. Pairs go through the model in pieces of about 4,096 tokens,
@@ -1298,7 +1302,7 @@ class StageConfig:
     replay_weight: float = 1.0  # weight of their sft_loss
 
     def __new__(cls, **fields):
-        refuse_old_names(cls, fields)
+        refuse_old_names(cls, fields)  # those of self-rewarding-lm-pytorch
         return super().__new__(cls)
 
     def __post_init__(self):
@@ -1336,11 +1340,11 @@ class SFTConfig(StageConfig):
 class SelfPlayConfig(StageConfig):
     """SPIN [3]: prefer each demonstration to what the model answers when the stage begins.
 
-    It pulls the model toward the demonstrations and cannot take it beyond them. A round that is
-    trained to its exact optimum turns p into p * (p_data / p)^(1/lam), up to a constant (Theorem
+    It pulls the model toward the demonstrations and cannot make it better than them. A round that
+    is trained to its exact optimum turns p into p * (p_data / p)^(1/lam), up to a constant (Theorem
     5.4 of [3]; p_data is the distribution of the demonstrations). So log(p / p_data) is multiplied
-    by 1 - 1/lam: lam=1 closes this gap in one round, and below 1/2 it changes its sign and grows.
-    Real rounds stop early, so [3] can use 0.1.
+    by 1 - 1/lam: lam=1 closes the gap in one round; below 1/2 rounds overshoot by more than the gap
+    was, and end ever farther away. Real rounds stop early, so [3] can use 0.1.
 
     >>> SelfPlayConfig(train_dataset=[TextFormat().item("hi", "yo")]).lam
     0.1
@@ -1495,7 +1499,8 @@ class ExternalRewardDPOConfig(RewardStageConfig):
 def run_stages(model, stages, context, first=0):
     """The loop of the paper: each stage starts from the model that the one before has left.
 
-    Yields a record of each stage. A run that is resumed begins with stage `first`.
+    Yields a record after each stage; the model is changed in place, so it can be measured then. A
+    run that is resumed begins with stage `first`.
 
     >>> model, items = Transformer(ModelConfig(dim=8, depth=1)), [TextFormat().item("hi", "yo")]
     >>> [record["kind"] for record in run_stages(
@@ -1523,7 +1528,7 @@ def judging_metrics(truth, judged):
     judge_pairwise   of all pairs of answers to one prompt with different true scores, the share
                      put in the right order; a tie of judged scores is half a hit
     judge_best5      share of the prompts whose favourite answer, the first one with the highest
-                     judged score, is one of the truly best ("5-best" in [1])
+                     judged score, is one of the truly best (of five in [1])
     judge_exact      share of the answers whose judged score, rounded, is the true score
     judge_spearman   correlation of the ranks of true and judged scores, mean over the prompts
     judge_kendall    the same for the signs of all differences (Kendall's tau-b)
@@ -1535,7 +1540,8 @@ def judging_metrics(truth, judged):
     0.6666666666666666
     """
     # true_sign[p, i, j] says whether answer i to prompt p is better than answer j: 1, 0 or -1. Its
-    # row sum for i, how many answers it beats minus how many beat it, is twice (rank - mean rank).
+    # row sum for i, how many answers it beats minus how many beat it, is twice (rank - mean rank):
+    # for scores 1, 2, 3 it is -2, 0, 2.
     # Spearman is the cosine of these row sums, Kendall the cosine of the signs themselves.
     true_sign, judged_sign = (np.nan_to_num(np.sign(x[:, :, None] - x[:, None, :]))
                               for x in (truth, judged))
@@ -1619,9 +1625,10 @@ def measure(model, world, text, graded_answers, previous_scores):
 # Two terms of the loss are not in [1], and each has a failure behind it. REPLAY: a stage that
 # trains on answers alone changes the weights that judge, and within a few rounds a small model
 # forgets how to judge, and with it loses its reward. So later stages rehearse the judging data of
-# M1, the very same examples, whose verdicts a program has written. No new answer is graded by that
-# program. LIKELIHOOD TERM, from [5]: without it the chosen answers lose probability too, and rounds
-# scatter: M2 had true scores of 3.8 to 4.5 on four seeds, and with the term 4.16 to 4.20.
+# M1, the very same examples, whose verdicts a program has written. In self-reward that program
+# grades no new answer. LIKELIHOOD TERM, from [5]: without it the chosen answers lose probability
+# too, and rounds scatter: M2 had true scores of 3.8 to 4.5 on four seeds, and with the term 4.16
+# to 4.20.
 #
 # train() in section 17 puts this together, with files and a table:
 #     stages = recipe_stages(recipe, world, demonstrations, make_judgements)
@@ -1653,7 +1660,7 @@ class Recipe:
     base_steps: int = setting(400, 60, "updates for M0, until its answers look like answers")
     sft_steps: int = setting(1500, 120, "updates for M1, most of which go into learning to judge")
     sft_learning_rate: float = setting(4e-3, None, "for M0 and M1; 8e-3 diverges on some seeds")
-    dpo_steps: int = setting(240, 30, "updates for a later stage, at most 8 passes over its pairs")
+    dpo_steps: int = setting(240, 30, "updates for a later stage, at most 8 epochs of its pairs")
     dpo_learning_rate: float = setting(2.5e-4, None, "for later stages; 1e-3 forgets how to judge")
     beta: float = setting(1.0, None, "of DPO, and lambda of SPIN; 0.1 goes too far from M1")
     nll_weight: float = setting(0.1, None, "of the likelihood term; 0: rounds scatter")
@@ -1704,7 +1711,7 @@ def recipe_stages(recipe, world, demonstrations, make_judgements):
         elif name == "external":
             true_score = lambda prompts, answers: list(map(world.score, prompts, answers))
             stages.append(ExternalRewardDPOConfig(reward_model=true_score, **dpo, **later))
-        elif name == "spin":
+        elif name == "spin":  # Options has refused other names
             stages.append(SelfPlayConfig(train_dataset=items, lam=recipe.beta, **later))
     return stages
 
