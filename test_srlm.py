@@ -3691,7 +3691,7 @@ def try_the_grader():
     global SECONDS, FAULTS
     SECONDS = 12
     Path("mine.py").write_text(HAND_IN)
-    print("exit code", main(["grade", "mine.py"]))
+    print("exit code", main(["grade", "mine.py", "dpo_loss", "spin_loss"]))
     FAULTS = "\n\n".join(FAULTS.strip("\n").split("\n\n")[:3])
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
@@ -3705,7 +3705,7 @@ def try_the_grader():
 def test_the_grader_tells_right_from_wrong(job):
     """A right function passes whatever its method, a wrong one fails with words, an endless one is stopped."""
     _, output = job("grader")
-    for line in (r"dpo_loss +3 of 3", r"pick_best_worst +not written yet", r"encode +0 of 2", r"top_k +0 of 3",
+    for line in (r"dpo_loss +3 of 3", "spin_loss +is not in mine.py", r"pick_best_worst +not written yet", r"encode +0 of 2", r"top_k +0 of 3",
                  r" +stopped after 12 s: an endless loop\?", r" +expected \| yours",
                  r"RewardConfig.parse +2 of 8", r" +smallest counterexample: numbers=\['-1'\], between=''", "exit code 1", "my_tests.py: .* catch 3 of 3 faults", "exit code 0"):
         assert re.search(f"^{line}", output, re.MULTILINE), f"{line}\n{output}"
@@ -3917,11 +3917,15 @@ def verdict_on(unit, found):
     return n_passed == len(names), lines
 
 
-def grade(path):
-    """Your functions in the place of srlm's, under its tests; exit code 0 if all that is written passes."""
+def grade(path, *required):
+    """Your functions in the place of srlm's, under its tests. Exit code 0 if all that is written passes, and
+    if every unit named after the file is written."""
     units = units_in(path)
     if not units:
         print(f"{path} defines none of the units; `units` lists them")
+    for unit in required:
+        if unit not in units:
+            print(f"{unit:<22}is not in {path}")
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(lambda unit: run_in_process((hand_in, path, unit), HERE / "test_srlm.py",
                                                        UNITS[unit]), units)
@@ -3932,8 +3936,8 @@ def grade(path):
             is_right, lines = verdict_on(unit, found)
             print(*lines, sep="\n", flush=True)
             passed.append(is_right)
-    written = [is_right for is_right in passed if is_right is not None]
-    return 0 if written and all(written) else 1
+    written = [unit for unit, is_right in zip(units, passed) if is_right is not None]
+    return 0 if written and all(unit in written for unit in required) and False not in passed else 1
 
 
 def check(written, unit=None):
@@ -4217,11 +4221,12 @@ def audit(path):
 
 
 def main(argv):
-    """One command line for all of Part III."""
+    """Grade functions against the tests of srlm.py, and tests against its faults."""
     parser = argparse.ArgumentParser(prog="test_srlm.py", description=main.__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for function, argument in ((units, {}), (blank, {"nargs": "*", "metavar": "UNIT"}),
-                               (grade, {"metavar": "MINE.py"}), (faults, {}), (audit, {"metavar": "MY_TESTS.py"})):
+                               (grade, {"nargs": "+", "metavar": "MINE.py [UNIT ...]"}), (faults, {}),
+                               (audit, {"metavar": "MY_TESTS.py"})):
         command = commands.add_parser(function.__name__, help=function.__doc__)
         command.set_defaults(function=function, arguments=[])
         if argument:
@@ -4230,7 +4235,10 @@ def main(argv):
     arguments = [args.arguments] if isinstance(args.arguments, str) else args.arguments
     try:
         return args.function(*arguments)
-    except (ValueError, OSError, SyntaxError) as error:
+    except SyntaxError as error:
+        print(f"{error.filename}, line {error.lineno}: {error.msg}", file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
         print(f"test_srlm: {error}", file=sys.stderr)
         return 2
 
