@@ -1889,10 +1889,14 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import warnings
 import zlib
 from pathlib import Path
 
+from tqdm import tqdm
+
+tqdm.set_lock(threading.RLock())  # its own lock is shared with forks, and one that is killed may hold it
 posix = pytest.mark.skipif(os.name == "nt", reason="needs fork, SIGALRM or SIGKILL, which Windows lacks")
 
 
