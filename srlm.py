@@ -158,7 +158,7 @@ class LetterWorld:
 
     POINTS = ("polite", "relevant", "complete", "ordered", "full stop")
     CHAT_TEMPLATE = "> {{ prompt }}\n"  # what the model sees before it answers
-    JUDGE: RewardConfig  # what it sees before it grades, "? prompt\\nanswer\\n"; set in section 6
+    JUDGE: RewardConfig  # what it sees before it grades, "? prompt\nanswer\n"; set in section 6
     max_new_tokens = 16  # of an answer; a perfect one has 14 tokens at most
     letters = "abcdefgh"
     sizes = (4, 5, 6)  # a prompt has 4, 5 or 6 different letters

@@ -51,6 +51,7 @@ torch.set_num_threads(1)  # the tensors are tiny
 UNITS = {}  # unit -> names of the tests that grade it
 SEEDS = st.integers(0, 2**32 - 1)
 NAN, INF = math.nan, math.inf
+MISSING = object()  # in a table of two columns, one of which is shorter
 
 
 def grades(*units):
@@ -97,8 +98,9 @@ def hint(found, expected):
 def compared(found, expected):
     """Both in two columns, row by row, and a hint for the first row that differs."""
     yours, mine = ([x] if not isinstance(x, list) else x for x in map(plain, (found, expected)))
-    shown = lambda x: f"{x:.6g}" if isinstance(x, float) else repr(x)[:50]
-    table = [f"{shown(a):>12} | {shown(b)}" for a, b in itertools.zip_longest(mine, yours, fillvalue="")]
+    shown = lambda x: "" if x is MISSING else f"{x:.6g}" if isinstance(x, float) else repr(x)[:50]
+    both = itertools.zip_longest(mine, yours, fillvalue=MISSING)
+    table = [f"{shown(a):>12} | {shown(b)}" for a, b in both]
     rows = zip(found, expected) if isinstance(expected, list) else [(found, expected)]
     hints = [hint(*row) for row in rows if plain(row[0]) != plain(row[1])]
     return "\n".join([f"{'expected':>12} | yours", *table[:20], *filter(None, hints[:1])])
