@@ -21,7 +21,7 @@ The loop in pseudocode, simplified, with the function names and sections of this
         for each prompt:                                                 #             section 7
             answers = sample(model, the prompt, n_candidates times)      # write       section 4
             rewards = judge(model, the prompt, answers)                  # judge       section 6
-            chosen, rejected = pick_best_worst(rewards)                  # pair
+            chosen, rejected = answers at pick_best_worst(rewards)       # pair
         for each pair:                                                   # freeze the reference
             ref_chosen   = sequence_logprobs(model, prompt + chosen)     #             section 5
             ref_rejected = sequence_logprobs(model, prompt + rejected)
@@ -46,7 +46,8 @@ the list now, and come back to it when you meet one of them:
 
     check_fields, refuse_old_names    ValueError for a user's mistake; for names of another package
     checked_data(config, name, model)      all entries of a data set, or ValueError for a bad one
-    checked_rows, checked_pick, as_rewards     rows without padding, a pick, (B,) rewards
+    checked_rows, as_rewards          rows of tokens without padding; (B,) rewards; or ValueError
+    checked_pick                      two different candidates, or ValueError
     evaluating(model)                 a block without gradients and in evaluation mode
     seeded(seed), combine_seeds       a block whose random draws depend on the seed alone; then
                                       torch's generator goes on as if the block had not been
@@ -231,8 +232,8 @@ class LetterWorld:
     def prompts(self, n, purpose):
         """n different prompts, none of them held out. ValueError if there are not so many."""
         n_held_out, rng = len(self.eval_prompts), self.rng(purpose)
-        n_words = sum(math.perm(len(self.letters), size) for size in self.sizes)
-        n_left = len(self.instructions) * n_words - n_held_out
+        n_strings = sum(math.perm(len(self.letters), size) for size in self.sizes)
+        n_left = len(self.instructions) * n_strings - n_held_out
         require(n <= n_left, f"LetterWorld: {n} prompts asked for, but there are only {n_left}")
         found = dict.fromkeys(self.eval_prompts)  # a dict as an ordered set; these count as taken
         while len(found) < n_held_out + n:
@@ -406,7 +407,7 @@ class ModelConfig:
 
     vocab_size: int = VOCAB_SIZE
     dim: int = 64  # D, the width; wider is slower and judges the letter world no better
-    depth: int = 4  # blocks; comparing two words letter by letter takes several
+    depth: int = 4  # blocks; comparing two strings letter by letter takes several
     heads: int = 2  # H; the time of attention on a CPU grows with the number of heads
     max_seq_len: int = 256  # tokens of prompt and answer together
     mlp_ratio: int = 2  # MLP width / dim; 4 is usual, 2 leaves time for more updates
@@ -419,7 +420,7 @@ class ModelConfig:
 class Block(nn.Module):
     """Attention, then an MLP. Each reads a normalised copy of x and adds its result to x.
 
-    x (B, T, D) -> (B, T, D); rotations (T, D/(2H), 2), see Transformer. In production: RMSNorm,
+    x (B, T, D) -> (B, T, D); rotations (T, D/(2H), 2): cosines and sines. In production: RMSNorm,
     SwiGLU, grouped-query attention.
 
     >>> block = Block(ModelConfig(dim=8))
@@ -442,9 +443,10 @@ class Block(nn.Module):
         qkv = self.to_qkv(self.attention_norm(x))  # (B, T, 3D)
         qkv = rearrange(qkv, "b t (n h d) -> n b h t d", n=3, h=self.heads)  # (3, B, H, T, D/H)
         # RoPE (arXiv:2104.09864): two neighbouring features are one complex number, which is
-        # multiplied by e^(i t w), that is, turned by an angle proportional to its position t. A
-        # dot product multiplies one number by the conjugate of the other. So of a query at s and a
-        # key at t it keeps e^(i (s - t) w): how far apart the two are, not where they are.
+        # multiplied by e^(i t w), that is, turned by an angle proportional to its position t (w is
+        # a fixed number of the pair). A dot product is the real part of one number times the
+        # conjugate of the other. So of a query at s and a key at t it keeps e^(i (s - t) w): how
+        # far apart the two are, not where they are.
         precise = torch.promote_types(x.dtype, torch.float32)  # bfloat16 has no complex numbers
         pairs = qkv[:2].to(precise).unflatten(-1, (-1, 2))  # q and k: (2, B, H, T, D/2H, 2)
         rotated = torch.view_as_complex(pairs) * torch.view_as_complex(rotations.to(precise))
@@ -664,21 +666,21 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 # What DPO wants. We have two responses to a prompt x, and somebody preferred the "chosen" one. The
 # obvious loss, -log p(chosen) + log p(rejected), pushes the rejected response towards probability 0
 # with a force that never fades, and the model into nonsense. DPO starts from a goal that has an
-# optimum: maximise a reward r of responses y drawn from the policy pi, but pay beta for every nat
-# by which the policy leaves the reference ref:
+# optimum: maximise a reward r (any number, not the judge's score) of responses y drawn from the
+# policy pi, but pay beta for every nat by which the policy leaves the reference ref:
 #
 #     max_pi  E[ r(x, y) ] - beta KL(pi || ref),    KL = sum over y of pi log(pi / ref)
 #
 # Set its derivative by each pi(y|x) to zero, with a multiplier m(x) that keeps the sum over y at 1:
 #
-#     r(x, y) - beta (log pi(y|x) / ref(y|x) + 1) - m(x) = 0
+#     r(x, y) - beta (log( pi(y|x) / ref(y|x) ) + 1) - m(x) = 0
 #     pi(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x)                  Z makes the sum over y be 1
-#     r(x, y) = beta log pi(y|x) / ref(y|x) + beta log Z(x)
+#     r(x, y) = beta log( pi(y|x) / ref(y|x) ) + beta log Z(x)
 #
-# So every policy is the best one for some reward: beta log pi / ref, its IMPLICIT REWARD, up to a
+# So every policy is the best one for some reward: beta log(pi / ref), its IMPLICIT REWARD, up to a
 # term of x alone. No reward model is needed. Now assume (Bradley-Terry) that y1 is preferred to y2
 # with probability sigmoid(r(x, y1) - r(x, y2)). The term of x cancels in the difference, and the
-# DPO loss is -log of that probability. Its gradient fades as the margin grows.
+# DPO loss is -log of that probability. Its gradient fades as the difference grows.
 
 
 def row_lengths(ids, pad_id):
@@ -1036,7 +1038,7 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
         return [(ids[p], rows[p * n_candidates : (p + 1) * n_candidates], of_prompt)
                 for p, of_prompt in enumerate(rewards.split(n_candidates))]
 
-    # The first chunk is small, so that a judge that never gives a score fails soon (JudgeReward).
+    # The first chunk is small, so that JudgeReward soon refuses a judge without any score.
     chunks = [prompts[:4], *(prompts[at : at + 64] for at in range(4, len(prompts), 64))]
     pairs, counts = [], dict(pairs=0, unparsed=0, tied=0, invalid=0)
     with seeded(seed):  # for pickers that draw; a chunk has a seed of its own, above
@@ -1218,7 +1220,7 @@ def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.98), weight_decay=config.weight_decay,
                                   fused=device_of(model).type in ("cpu", "cuda"))
     batches = [shuffled_batches(o.examples, config.batch_size, generator) for o in objectives]
-    steps, n_examples = config.steps, len(objectives[0].examples)  # replayed items do not count
+    steps, n_examples = config.steps, len(objectives[0].examples)  # of the first objective alone
     if config.max_epochs is not None:
         steps = min(steps, math.ceil(config.max_epochs * n_examples / config.batch_size))
     peak_step = max(1, round(config.warmup * steps))
@@ -1302,7 +1304,7 @@ class StageConfig:
     replay_weight: float = 1.0  # weight of their sft_loss
 
     def __new__(cls, **fields):
-        refuse_old_names(cls, fields)  # those of self-rewarding-lm-pytorch
+        refuse_old_names(cls, fields)  # of another package, self-rewarding-lm-pytorch
         return super().__new__(cls)
 
     def __post_init__(self):
@@ -1341,10 +1343,11 @@ class SelfPlayConfig(StageConfig):
     """SPIN [3]: prefer each demonstration to what the model answers when the stage begins.
 
     It pulls the model toward the demonstrations and cannot make it better than them. A round that
-    is trained to its exact optimum turns p into p * (p_data / p)^(1/lam), up to a constant (Theorem
-    5.4 of [3]; p_data is the distribution of the demonstrations). So log(p / p_data) is multiplied
-    by 1 - 1/lam: lam=1 closes the gap in one round; below 1/2 rounds overshoot by more than the gap
-    was, and end ever farther away. Real rounds stop early, so [3] can use 0.1.
+    is trained to its exact optimum turns the distribution p of the model into p * (p_data / p)^(1 /
+    lam), up to a constant (Theorem 5.4 of [3]; p_data is that of the demonstrations). Divide by
+    p_data and take the logarithm: log(p / p_data) is multiplied by 1 - 1/lam. So lam=1 closes the
+    gap in one round; below 1/2 rounds overshoot by more than the gap was, and end ever farther
+    away. Real rounds stop early, so [3] can use 0.1.
 
     >>> SelfPlayConfig(train_dataset=[TextFormat().item("hi", "yo")]).lam
     0.1
@@ -1400,7 +1403,7 @@ class DPOConfig(StageConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardStageConfig(StageConfig):
-    """Fields of the two stages in which the model writes and somebody rewards.
+    """Fields of SelfRewardDPOConfig and ExternalRewardDPOConfig, where answers are rewarded.
 
     >>> RewardStageConfig(prompt_dataset=["hi"]).n_candidates
     4
@@ -1460,7 +1463,7 @@ class SelfRewardDPOConfig(RewardStageConfig):
 
     kind: ClassVar[str] = "self-reward"
     rewarding_model: nn.Module | None = None  # None: the model itself; another model: as in [4]
-    reward_config: RewardConfig | str | None = None  # or the name of one; None: the first one
+    reward_config: RewardConfig | str | None = None  # or a judge of the run, by name; None: its first
     n_judge_samples: int = 3  # judgements of an answer, which are averaged; 3 in [1]
     max_judge_tokens: int = 160  # of a reply; the default judge explains before it gives the score
     judge_temperature: float = 0.7
@@ -1528,7 +1531,7 @@ def judging_metrics(truth, judged):
     judge_pairwise   of all pairs of answers to one prompt with different true scores, the share
                      put in the right order; a tie of judged scores is half a hit
     judge_best5      share of the prompts whose favourite answer, the first one with the highest
-                     judged score, is one of the truly best (of five in [1])
+                     judged score, is one of the truly best ([1] has N = 5 answers)
     judge_exact      share of the answers whose judged score, rounded, is the true score
     judge_spearman   correlation of the ranks of true and judged scores, mean over the prompts
     judge_kendall    the same for the signs of all differences (Kendall's tau-b)
@@ -1541,8 +1544,8 @@ def judging_metrics(truth, judged):
     """
     # true_sign[p, i, j] says whether answer i to prompt p is better than answer j: 1, 0 or -1. Its
     # row sum for i, how many answers it beats minus how many beat it, is twice (rank - mean rank):
-    # for scores 1, 2, 3 it is -2, 0, 2.
-    # Spearman is the cosine of these row sums, Kendall the cosine of the signs themselves.
+    # for scores 1, 2, 3 it is -2, 0, 2. Row sums and signs have mean 0, so the correlations are
+    # cosines: Spearman's of the row sums, Kendall's of the signs themselves.
     true_sign, judged_sign = (np.nan_to_num(np.sign(x[:, :, None] - x[:, None, :]))
                               for x in (truth, judged))
 
@@ -1575,6 +1578,8 @@ def head_to_head(scores, others):
 
 def measure(model, world, text, graded_answers, previous_scores):
     """What is measured after each stage: writing by the true score ("oracle"), judging against it.
+    oracle_score and oracle_greedy: mean true score of drawn and of most likely answers;
+    perfect_rate: share of drawn answers with 5; self_score: the mean that the model gives them.
 
     graded_answers: what world.graded_answers returned: (prompt, answer, true score), five to each
     prompt; None if the model cannot judge yet. previous_scores: the `scores` (P, 5) of the model to
@@ -1619,16 +1624,17 @@ def measure(model, world, text, graded_answers, previous_scores):
 #     judgements(n, model, tidy)   -> [(prompt, answer, verdict)]      to learn to judge
 #     prompts(n, purpose)          -> [prompt]                 for the later stages
 #     eval_prompts                    [prompt]                 held out of all the data above
-#     graded_answers(model)        -> [(prompt, answer, true score)]   five answers a prompt
+#     graded_answers(model)        -> [(prompt, answer, true score)]   five answers a prompt (or
+#                                                              one, where score is None)
 #     score(prompt, answer)        -> true score, 0 to 5; score = None if nobody knows it
 #
 # Two terms of the loss are not in [1], and each has a failure behind it. REPLAY: a stage that
 # trains on answers alone changes the weights that judge, and within a few rounds a small model
 # forgets how to judge, and with it loses its reward. So later stages rehearse the judging data of
-# M1, the very same examples, whose verdicts a program has written. In self-reward that program
-# grades no new answer. LIKELIHOOD TERM, from [5]: without it the chosen answers lose probability
-# too, and rounds scatter: M2 had true scores of 3.8 to 4.5 on four seeds, and with the term 4.16
-# to 4.20.
+# M1, the very same examples, whose verdicts a program has written. In self-reward, all later
+# answers are graded by the model alone. LIKELIHOOD TERM, from [5]: without it the chosen answers
+# lose probability too, and rounds scatter: M2 had true scores of 3.8 to 4.5 on four seeds, and with
+# the term 4.16 to 4.20.
 #
 # train() in section 17 puts this together, with files and a table:
 #     stages = recipe_stages(recipe, world, demonstrations, make_judgements)
@@ -1711,7 +1717,7 @@ def recipe_stages(recipe, world, demonstrations, make_judgements):
         elif name == "external":
             true_score = lambda prompts, answers: list(map(world.score, prompts, answers))
             stages.append(ExternalRewardDPOConfig(reward_model=true_score, **dpo, **later))
-        elif name == "spin":  # Options has refused other names
+        elif name == "spin":  # the command line has refused other names
             stages.append(SelfPlayConfig(train_dataset=items, lam=recipe.beta, **later))
     return stages
 
