@@ -1463,7 +1463,7 @@ class SelfRewardDPOConfig(RewardStageConfig):
 
     kind: ClassVar[str] = "self-reward"
     rewarding_model: nn.Module | None = None  # None: the model itself; another model: as in [4]
-    reward_config: RewardConfig | str | None = None  # or a judge of the run, by name; None: its first
+    reward_config: RewardConfig | str | None = None  # or the name of one; None: the first one
     n_judge_samples: int = 3  # judgements of an answer, which are averaged; 3 in [1]
     max_judge_tokens: int = 160  # of a reply; the default judge explains before it gives the score
     judge_temperature: float = 0.7
