@@ -1001,6 +1001,29 @@ def pick_random_pair(rewards):
     return None if picked is None else (int(two[picked[0]]), int(two[picked[1]]))
 
 
+def make_pair(prompt, candidates, rewards, pick_pair=pick_best_worst, is_valid_pair=None):
+    """One pair of the N candidates of a prompt: ("pairs", the pair). Or why there is none:
+    ("unparsed", None) if fewer than two candidates have a reward, ("tied", None) if the picker
+    found no two, ("invalid", None) if the two are equal, or if is_valid_pair refuses their rewards.
+
+    >>> make_pair(torch.tensor([7]), torch.tensor([[8], [9]]), torch.tensor([1.0, 1.0]))
+    ('tied', None)
+    """
+    picked = checked_pick(pick_pair(rewards), len(candidates))
+    if picked is None:
+        return ("tied" if (~rewards.isnan()).sum() > 1 else "unparsed"), None
+    best, worst = picked
+    chosen_reward, rejected_reward = float(rewards[best]), float(rewards[worst])
+    if is_valid_pair is None:
+        is_valid = chosen_reward > rejected_reward
+    else:
+        is_valid = is_valid_pair(chosen_reward, rejected_reward)
+    chosen, rejected = candidates[best], candidates[worst]
+    if not is_valid or chosen.equal(rejected):
+        return "invalid", None
+    return "pairs", PreferencePair(prompt, chosen, rejected, chosen_reward, rejected_reward)
+
+
 def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=None,
                          pick_pair=pick_best_worst, is_valid_pair=None, text=TextFormat(), seed=0,
                          **sampling):
@@ -1014,8 +1037,9 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
     sampling: max_new_tokens, temperature, logit_filter of sample().
 
     Returns the pairs and how many prompts ended in each way: pairs, unparsed (fewer than two
-    candidates have a reward), tied (the picker found no two), invalid (equal tokens, or refused by
-    is_valid_pair). ValueError if there is no pair at all; a warning if there are too few.
+    candidates have a reward), tied (the picker found no two), invalid (two equal answers, or
+    refused by is_valid_pair). ValueError if there is no pair at all, a warning if there are fewer
+    than n_pairs.
 
     >>> reward = lambda prompts, responses: [i % 4 for i in range(len(responses))]
     >>> model = Transformer(ModelConfig(dim=8, depth=1))
@@ -1024,38 +1048,32 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
     ([(3.0, 0.0), (3.0, 0.0)], 0)
     """
     require(n_candidates >= 2, f"n_candidates={n_candidates} is not 2 or more")
-    is_valid_pair = is_valid_pair or (lambda chosen, rejected: chosen > rejected)
 
-    def write_and_reward(numbered):
-        """One chunk of prompts: a list of (prompt, its N candidates, their (N,) rewards)."""
+    def write_reward_and_pick(numbered):
+        """The (outcome, pair) of each prompt of a chunk."""
         number, chunk = numbered
         with seeded(seed, number):  # no draw depends on which process has which chunk
-            ids = [text.prompt_ids(prompt) for prompt in chunk]
-            rows = sample(model, [row for row in ids for _ in range(n_candidates)],
+            prompt_ids = [text.prompt_ids(prompt) for prompt in chunk]
+            rows = sample(model, [ids for ids in prompt_ids for _ in range(n_candidates)],
                           **{"eos_id": text.eos_id, **sampling})  # row p * N + i: candidate i of p
             asked = [prompt for prompt in chunk for _ in range(n_candidates)]
             rewards = as_rewards(reward_fn(asked, [text.text(row) for row in rows]), len(rows))
-        return [(ids[p], rows[p * n_candidates : (p + 1) * n_candidates], of_prompt)
-                for p, of_prompt in enumerate(rewards.split(n_candidates))]
+            found = []
+            for p, ids in enumerate(prompt_ids):
+                of_p = slice(p * n_candidates, (p + 1) * n_candidates)
+                found.append(make_pair(ids, rows[of_p], rewards[of_p], pick_pair, is_valid_pair))
+        return found
 
     # The first chunk is small, so that JudgeReward soon refuses a judge without any score.
     chunks = [prompts[:4], *(prompts[at : at + 64] for at in range(4, len(prompts), 64))]
     pairs, counts = [], dict(pairs=0, unparsed=0, tied=0, invalid=0)
-    with seeded(seed):  # for pickers that draw; a chunk has a seed of its own, above
-        for chunk in parallel_map(write_and_reward, list(enumerate(chunks)), "writing and judging"):
-            for prompt, candidates, rewards in chunk:
-                picked = checked_pick(pick_pair(rewards), n_candidates)
-                if picked is None:
-                    counts["tied" if (~rewards.isnan()).sum() > 1 else "unparsed"] += 1
-                    continue
-                chosen, rejected = candidates[picked[0]], candidates[picked[1]]
-                scores = rewards[list(picked)].tolist()
-                if chosen.equal(rejected) or not is_valid_pair(*scores):
-                    counts["invalid"] += 1
-                    continue
-                pairs.append(PreferencePair(prompt, chosen, rejected, *scores))
-            if n_pairs is not None and len(pairs) >= n_pairs:
-                break
+    for found in parallel_map(write_reward_and_pick, list(enumerate(chunks)), "writing, judging"):
+        for outcome, pair in found:
+            counts[outcome] += 1
+            if pair is not None:
+                pairs.append(pair)
+        if n_pairs is not None and len(pairs) >= n_pairs:
+            break
     pairs = pairs[:n_pairs]
     counts["pairs"] = len(pairs)
     summary = f"{counts} from {len(prompts)} prompts with {n_candidates} candidates each"
@@ -1200,84 +1218,6 @@ def shuffled_batches(examples, batch_size, generator):
         queue = queue[batch_size:]
 
 
-def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
-    """Minimise the weighted sum of the objectives; the model is changed in place. config is a
-    StageConfig (section 9), whose fields say what each number means.
-
-    Returns steps (how many updates), the loss and each metric as means over the last 20 updates,
-    and their history, averaged to at most 50 points. ValueError if the loss is not finite.
-
-    >>> model = Transformer(ModelConfig(dim=8, depth=1), torch.Generator().manual_seed(0))
-    >>> items = [TextFormat().item("a", "b")]
-    >>> config = SFTConfig(train_dataset=items, steps=30, learning_rate=0.1)
-    >>> record = fit(model, [sft_objective(items)], config)
-    >>> record["history"][0]["loss"] > 5, record["loss"] < 1
-    (True, True)
-    """
-    rank, world_size = rank_and_world_size()  # (0, 1) unless several processes share the work
-    generator = torch.Generator().manual_seed(seed)
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.98), weight_decay=config.weight_decay,
-                                  fused=device_of(model).type in ("cpu", "cuda"))
-    batches = [shuffled_batches(o.examples, config.batch_size, generator) for o in objectives]
-    steps, n_examples = config.steps, len(objectives[0].examples)  # of the first objective alone
-    if config.max_epochs is not None:
-        steps = min(steps, math.ceil(config.max_epochs * n_examples / config.batch_size))
-    peak_step = max(1, round(config.warmup * steps))
-    stopping = EarlyStopping(config.eval_fn, config.eval_mode, config.patience, config.eval_every)
-    points = []
-    model.train()
-    for step in progress(range(1, steps + 1), f"training, {config.kind}"):
-        # The learning rate climbs linearly to its peak, then falls linearly to zero.
-        height = min(step / peak_step, (steps + 1 - step) / (steps + 1 - peak_step))
-        optimizer.param_groups[0]["lr"] = config.learning_rate * height
-        optimizer.zero_grad()
-        loss, point = torch.zeros(()), {}
-        for objective, stream in zip(objectives, batches):
-            batch = next(stream)[rank::world_size]  # the share of this process
-            total, count, sums = objective.loss(model, batch)
-            count = sum_over_processes(count)
-            loss = loss + objective.weight * total / count
-            point |= {name: value / count for name, value in sums.items()}
-        loss.backward()
-        sum_gradients_over_processes(weights)
-        point = {"loss": loss.detach(), **point}
-        points.append({name: float(sum_over_processes(value)) for name, value in point.items()})
-        require(math.isfinite(points[-1]["loss"]), f"step {step}: the loss is {points[-1]['loss']}")
-        nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
-        optimizer.step()
-        after_update(step)
-        if stopping.is_due(step, steps) and stopping.look(model):
-            break
-    stopping.restore(model)
-    return {"steps": step, **summary_of(points)}
-
-
-# --------------------------------------------------------------------------------------------------
-# 9. Stages
-# --------------------------------------------------------------------------------------------------
-# A stage turns one model into the next, and stages can follow each other in any order. What a stage
-# does is written in its `run` from top to bottom. Defaults of losses and judging are those of the
-# papers; the values that suit the letter world and its small model are in section 11.
-#
-# A data set is anything with a length and an index. Where data can only be made when the stage
-# begins, it is a function that returns one, called with the model as it is then:
-# train_dataset=lambda model: [...].
-
-
-class Context(NamedTuple):
-    """What a stage is told beside the model.
-
-    >>> Context().text.chat_template
-    '{{ prompt }}'
-    """
-
-    text: TextFormat = TextFormat()
-    judges: dict[str, RewardConfig] = {"default": DEFAULT_REWARD_CONFIG}
-    seed: int = 0
-    after_update: Callable[[int], None] = lambda step: None  # called after each update
-
-
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """What concerns the updates of every stage. ValueError for a value that makes no sense.
@@ -1317,6 +1257,84 @@ class StageConfig:
             items = checked_data(self, "replay_dataset", model, context.text)
             objectives.append(sft_objective(items, self.replay_weight))
         return fit(model, objectives, self, seed=context.seed, after_update=context.after_update)
+
+
+def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
+    """Minimise the weighted sum of the objectives; the model is changed in place. config is a
+    StageConfig.
+
+    Returns steps (how many updates), the loss and each metric as means over the last 20 updates,
+    and their history, averaged to at most 50 points. ValueError if the loss is not finite.
+
+    >>> model = Transformer(ModelConfig(dim=8, depth=1), torch.Generator().manual_seed(0))
+    >>> items = [TextFormat().item("a", "b")]
+    >>> config = SFTConfig(train_dataset=items, steps=30, learning_rate=0.1)
+    >>> record = fit(model, [sft_objective(items)], config)
+    >>> record["history"][0]["loss"] > 5, record["loss"] < 1
+    (True, True)
+    """
+    rank, world_size = rank_and_world_size()  # (0, 1) unless several processes share the work
+    generator = torch.Generator().manual_seed(seed)
+    parameters = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=config.weight_decay,
+                                  fused=device_of(model).type in ("cpu", "cuda"))
+    batches = [shuffled_batches(o.examples, config.batch_size, generator) for o in objectives]
+    steps, n_examples = config.steps, len(objectives[0].examples)  # of the first objective alone
+    if config.max_epochs is not None:
+        steps = min(steps, math.ceil(config.max_epochs * n_examples / config.batch_size))
+    peak_step = max(1, round(config.warmup * steps))
+    stopping = EarlyStopping(config.eval_fn, config.eval_mode, config.patience, config.eval_every)
+    points = []
+    model.train()
+    for step in progress(range(1, steps + 1), f"training, {config.kind}"):
+        # The learning rate climbs linearly to its peak, then falls linearly to zero.
+        height = min(step / peak_step, (steps + 1 - step) / (steps + 1 - peak_step))
+        optimizer.param_groups[0]["lr"] = config.learning_rate * height
+        optimizer.zero_grad()
+        loss, point = torch.zeros(()), {}
+        for objective, stream in zip(objectives, batches):
+            batch = next(stream)[rank::world_size]  # the share of this process
+            total, count, sums = objective.loss(model, batch)
+            count = sum_over_processes(count)
+            loss = loss + objective.weight * total / count
+            point |= {name: value / count for name, value in sums.items()}
+        loss.backward()
+        sum_gradients_over_processes(parameters)
+        point = {"loss": loss.detach(), **point}
+        points.append({name: float(sum_over_processes(value)) for name, value in point.items()})
+        require(math.isfinite(points[-1]["loss"]), f"step {step}: the loss is {points[-1]['loss']}")
+        nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        optimizer.step()
+        after_update(step)
+        if stopping.is_due(step, steps) and stopping.look(model):
+            break
+    stopping.restore(model)
+    return {"steps": step, **summary_of(points)}
+
+
+# --------------------------------------------------------------------------------------------------
+# 9. Stages
+# --------------------------------------------------------------------------------------------------
+# A stage turns one model into the next, and stages can follow each other in any order. What a stage
+# does is written in its `run` from top to bottom. Defaults of losses and judging are those of the
+# papers; the values that suit the letter world and its small model are in section 11.
+#
+# A data set is anything with a length and an index. Where data can only be made when the stage
+# begins, it is a function that returns one, called with the model as it is then:
+# train_dataset=lambda model: [...].
+
+
+class Context(NamedTuple):
+    """What a stage is told beside the model.
+
+    >>> Context().text.chat_template
+    '{{ prompt }}'
+    """
+
+    text: TextFormat = TextFormat()
+    judges: dict[str, RewardConfig] = {"default": DEFAULT_REWARD_CONFIG}
+    seed: int = 0
+    after_update: Callable[[int], None] = lambda step: None  # called after each update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1471,13 +1489,13 @@ class SelfRewardDPOConfig(RewardStageConfig):
 
     def run(self, model, context):
         # The judge is reward_config, or the judge of that name, or the first one of the run.
-        text, config = context.text, self.reward_config or next(iter(context.judges))
-        if isinstance(config, str):
-            known = ", ".join(context.judges)
-            require(config in context.judges, f"reward_config {config!r} is not one of {known}")
-            config = context.judges[config]
+        text, reward_config = context.text, self.reward_config or next(iter(context.judges))
+        if isinstance(reward_config, str):
+            require(reward_config in context.judges, f"reward_config {reward_config!r} is not one "
+                    f"of {', '.join(context.judges)}")
+            reward_config = context.judges[reward_config]
         reward_fn = JudgeReward(  # judge(), section 6, as a function of prompts and responses
-            self.rewarding_model or model, config, encode=text.encode, decode=text.decode,
+            self.rewarding_model or model, reward_config, encode=text.encode, decode=text.decode,
             eos_id=text.eos_id, n_samples=self.n_judge_samples, temperature=self.judge_temperature,
             max_new_tokens=self.max_judge_tokens, logit_filter=self.judge_logit_filter)
         return preference_round(model, reward_fn, self, context)
@@ -1705,18 +1723,22 @@ def recipe_stages(recipe, world, demonstrations, make_judgements):
     later = dict(learning_rate=recipe.dpo_learning_rate, steps=recipe.dpo_steps,
                  max_new_tokens=world.max_new_tokens, replay_weight=recipe.replay_weight,
                  replay_dataset=judging_items if make_judgements else None)
+
+    def dpo(index):  # what both kinds of DPO have; the prompts of each stage are drawn afresh
+        prompts = world.prompts(recipe.stage_prompts, f"stage {index}")
+        return dict(prompt_dataset=prompts, beta=recipe.beta, nll_weight=recipe.nll_weight,
+                    n_candidates=recipe.n_candidates, **later)
+
     stages = [SFTConfig(train_dataset=items, loss_on_prompt=True, steps=recipe.base_steps, **sft)]
     for index, name in enumerate(recipe.stages.split(","), start=1):
-        dpo = dict(prompt_dataset=world.prompts(recipe.stage_prompts, f"stage {index}"),
-                   beta=recipe.beta, nll_weight=recipe.nll_weight, n_candidates=recipe.n_candidates)
         if name == "sft":
             stages.append(SFTConfig(train_dataset=both, steps=recipe.sft_steps, **sft))
         elif name == "self":
             stages.append(SelfRewardDPOConfig(n_judge_samples=recipe.judge_samples,
-                                              max_judge_tokens=MAX_VERDICT_TOKENS, **dpo, **later))
+                                              max_judge_tokens=MAX_VERDICT_TOKENS, **dpo(index)))
         elif name == "external":
             true_score = lambda prompts, answers: list(map(world.score, prompts, answers))
-            stages.append(ExternalRewardDPOConfig(reward_model=true_score, **dpo, **later))
+            stages.append(ExternalRewardDPOConfig(reward_model=true_score, **dpo(index)))
         elif name == "spin":  # the command line has refused other names
             stages.append(SelfPlayConfig(train_dataset=items, lam=recipe.beta, **later))
     return stages
@@ -1955,9 +1977,9 @@ def sum_over_processes(value):
     return total.item()
 
 
-def sum_gradients_over_processes(weights):
+def sum_gradients_over_processes(parameters):
     """Replace each gradient by its sum over the processes."""
-    for weight in weights:
+    for weight in parameters:
         if dist.is_initialized() and weight.grad is not None:
             dist.all_reduce(weight.grad)
 

@@ -4063,10 +4063,11 @@ test_a_judge_without_room_is_an_error
 test_no_pair_at_all_is_an_error_in_bounded_time test_a_judge_that_never_scores_is_quoted_and_named
 
 13 a tie drops the prompts that follow it
--                    counts["tied" if (~rewards.isnan()).sum() > 1 else "unparsed"] += 1
--                    continue
-+                    counts["tied" if (~rewards.isnan()).sum() > 1 else "unparsed"] += 1
-+                    break
+-            if pair is not None:
+-                pairs.append(pair)
++            if pair is None:
++                break
++            pairs.append(pair)
 test_a_tie_skips_one_prompt_and_no_other
 
 14 there are more pairs than asked for
@@ -4075,8 +4076,8 @@ test_a_tie_skips_one_prompt_and_no_other
 test_generation_stops_at_n_pairs_or_warns
 
 15 an answer is preferred to itself
--                if chosen.equal(rejected) or not is_valid_pair(*scores):
-+                if not is_valid_pair(*scores):
+-    if not is_valid or chosen.equal(rejected):
++    if not is_valid:
 test_equal_tokens_are_no_pair
 
 16 rewards of shape (B, 1) are refused
@@ -4090,8 +4091,8 @@ test_rewards_may_come_in_any_form
 test_pairs_can_be_generated_twice
 
 18 a field of a config does nothing
--    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.98), weight_decay=config.weight_decay,
-+    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.98), weight_decay=0.0,
+-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=config.weight_decay,
++    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.0,
 test_every_field_changes_what_happens[sft-weight_decay]
 
 19 one kind of stage does not run
@@ -4115,7 +4116,7 @@ test_early_stopping_follows_its_rule
 test_two_forked_processes_train_to_the_weights_of_one
 
 23 several processes keep their own gradients
--        sum_gradients_over_processes(weights)
+-        sum_gradients_over_processes(parameters)
 +        pass
 test_two_forked_processes_train_to_the_weights_of_one
 
