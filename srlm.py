@@ -23,8 +23,8 @@ The loop in pseudocode, simplified, with the function names and sections of this
             rewards = judge(model, the prompt, answers)                  # judge       section 6
             chosen, rejected = answers at pick_best_worst(rewards)       # pair
         for each pair:                                                   # freeze the reference
-            ref_chosen   = sequence_logprobs(model, prompt + chosen)     #             section 5
-            ref_rejected = sequence_logprobs(model, prompt + rejected)
+            ref_chosen   = sequence_logprobs(model, prompt + chosen)     # log p(chosen | prompt)
+            ref_rejected = sequence_logprobs(model, prompt + rejected)   #             section 5
         for each batch of pairs:                                         # minimise    section 8
             policy_chosen, policy_rejected = the same for the batch, with gradients
             loss = dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
@@ -44,13 +44,15 @@ Part I is the algorithm, in the order in which one would teach it. Part II is en
 files, resuming, several processes, the command line. Part I uses these functions of Part II; skip
 the list now, and come back to it when you meet one of them:
 
-    check_fields, refuse_old_names    ValueError for a user's mistake; for names of another package
-    checked_data(config, name, model)      all entries of a data set, or ValueError for a bad one
+    check_fields(stage)               ValueError for a field whose value makes no sense
+    refuse_old_names                  ValueError for a field name of an older package
+    checked_data(stage, name, model, text)    the entries of a data set, all checked, with texts
+                                      turned into tokens; if it is a function, what it returns
     checked_rows, as_rewards          rows of tokens without padding; (B,) rewards; or ValueError
     checked_pick                      two different candidates, or ValueError
     evaluating(model)                 a block without gradients and in evaluation mode
-    seeded(seed), combine_seeds       a block whose random draws depend on the seed alone; then
-                                      torch's generator goes on as if the block had not been
+    seeded(*numbers), combine_seeds   a block whose random draws depend on these numbers alone;
+                                      then torch's generator goes on as if it had not been
     pieces_by_tokens(lengths)         row numbers sorted by length, in pieces of bounded size
     progress(steps, title)            steps, with a progress bar
     parallel_map(f, items, title)     map(f, items), lazily; several processes would share the items
@@ -58,10 +60,13 @@ the list now, and come back to it when you meet one of them:
     sum_over_processes(x)             x, in a single process
     sum_gradients_over_processes(w)   does nothing in a single process
     rank_and_world_size()             (0, 1) in a single process
-    EarlyStopping, summary_of         keep the best weights; averages of metrics over updates
-    JudgeReward, quoted_replies       judge() as a reward function; its last replies, for errors
+    EarlyStopping                     measures, keeps the best weights, says when to stop
+    summary_of(points)                averages of metrics over the updates
+    JudgeReward                       judge() as a reward function; ValueError if it never scores
+    quoted_replies                    the judge's last replies, for the end of an error
     one_mistake, made_up_answer       text for the letter world
-    device_of, save_pairs, load_pairs, stage_named    where a model is; pairs as a file; for errors
+    device_of, save_pairs, load_pairs       where a model is; pairs as a file
+    stage_named(index, stage)         a block whose errors begin with the stage
 
 Sources, cited as [1] to [5]:
     [1] arXiv:2401.10020  Self-Rewarding Language Models: the loop, its judge, its figures
@@ -72,8 +77,8 @@ Sources, cited as [1] to [5]:
 
 Left out of [1]: the pretrained 70B model (0.16M weights show the loop in minutes), prompts written
 by a second model (a program draws them), filtering them for similarity, and dropout. Left out of
-[3]: losses other than the logistic one, and negatives kept from the round before. Left out
-everywhere: a KV cache and mixed precision, which would hide the algorithm.
+[3]: its other losses, and negatives kept from the round before. Left out everywhere: a KV cache
+(section 4) and mixed precision, which would hide the algorithm.
 
 Shapes: B batch, T time (tokens), V vocabulary, N candidates of a prompt, P prompts, H heads,
 D width of the model. Log-probabilities are natural logarithms (nats); scores are 0 to 5 points.
@@ -153,14 +158,14 @@ class LetterWorld:
     '11101 = 4'
 
     instructions: names from INSTRUCTIONS. n_eval: how many prompts are held out for evaluation.
-    Data are drawn from the seed and the name of their purpose: the size of one data set does not
-    change another. Two training sets may share prompts, but none has a held-out one.
+    A data set is drawn from the seed and its own name, such as "demonstrations", so its size does
+    not change another one. Two training sets may share prompts, but none has a held-out one.
     """
 
     POINTS = ("polite", "relevant", "complete", "ordered", "full stop")
-    CHAT_TEMPLATE = "> {{ prompt }}\n"  # what the model sees before it answers
-    JUDGE: RewardConfig  # what it sees before it grades, "? prompt\nanswer\n"; set in section 6
-    max_new_tokens = 16  # of an answer; a perfect one has 14 tokens at most
+    CHAT_TEMPLATE = "> {{ prompt }}\n"  # what the model sees before it answers: "> sort dbca\n"
+    JUDGE: RewardConfig  # what it sees before it grades: "? sort dbca\nabcd\n"; set in section 6
+    max_new_tokens = 16  # of an answer; a perfect one has 13 letters or signs at most, and an end
     letters = "abcdefgh"
     sizes = (4, 5, 6)  # a prompt has 4, 5 or 6 different letters
 
@@ -252,10 +257,11 @@ class LetterWorld:
         """(prompt, answer, verdict) triples, to learn to judge; EFT data (evaluation
         fine-tuning) in [1].
 
-        `model`, which is M0 in the recipe, writes three in ten of the answers, a quarter of them at
-        each of four temperatures, because the annotators of [1] graded answers of a model too. The
-        others are made up, because M0 writes too few good answers. With tidy=True all of them are
-        demonstrations, for the experiment with a judge that has seen no nonsense.
+        `model`, which is M0 in the recipe (section 11), writes three in ten of the answers, a
+        quarter of them at each of four temperatures, because the annotators of [1] graded answers
+        of a model too. The others are made up, because M0 writes too few good answers. With
+        tidy=True all of them are demonstrations, for the experiment with a judge that has seen no
+        nonsense.
         """
         prompts, rng, pairs = self.prompts(n, "judgements"), self.rng("make up"), []
         n_written = 0 if tidy else round(0.3 * n)
@@ -274,8 +280,8 @@ class LetterWorld:
         return [(prompt, answer, self.score(prompt, answer)) for prompt, answer in pairs]
 
     def write(self, model, prompts, temperature):
-        text, seed = TextFormat(chat_template=self.CHAT_TEMPLATE), round(10 * temperature)
-        generator = torch.Generator().manual_seed(combine_seeds(self.seed, seed))
+        text = TextFormat(chat_template=self.CHAT_TEMPLATE)  # section 2; respond: section 4
+        generator = torch.Generator().manual_seed(combine_seeds(self.seed, round(10 * temperature)))
         return respond(model, prompts, text, self.max_new_tokens, temperature, generator)
 
 
@@ -351,7 +357,7 @@ class TextFormat:
     (tensor([ 62,  32, 104, 105,  58, 121, 111, 256]), 5)
     """
 
-    # The dataclass stores these functions in the instance, where they are called without self.
+    # Two functions, not methods: self.encode(text) calls encode(text).
     encode: Callable[[str], Sequence[int] | Tensor] = encode
     decode: Callable[[Tensor], str] = decode
     chat_template: str = "{{ prompt }}"
@@ -420,11 +426,11 @@ class ModelConfig:
 class Block(nn.Module):
     """Attention, then an MLP. Each reads a normalised copy of x and adds its result to x.
 
-    x (B, T, D) -> (B, T, D); rotations (T, D/(2H), 2): cosines and sines. In production: RMSNorm,
-    SwiGLU, grouped-query attention.
+    x (B, T, D) -> (B, T, D); rotations (T, D/(2H), 2), the cosines and sines of RoPE, below. In
+    production: RMSNorm, SwiGLU, grouped-query attention.
 
-    >>> block = Block(ModelConfig(dim=8))
-    >>> block(torch.zeros(1, 3, 8), rotations=torch.ones(3, 2, 2)).shape
+    >>> block, no_rotation = Block(ModelConfig(dim=8)), torch.tensor([1.0, 0.0])
+    >>> block(torch.zeros(1, 3, 8), rotations=no_rotation.expand(3, 2, 2)).shape
     torch.Size([1, 3, 8])
     """
 
@@ -444,9 +450,9 @@ class Block(nn.Module):
         qkv = rearrange(qkv, "b t (n h d) -> n b h t d", n=3, h=self.heads)  # (3, B, H, T, D/H)
         # RoPE (arXiv:2104.09864): two neighbouring features are one complex number, which is
         # multiplied by e^(i t w), that is, turned by an angle proportional to its position t (w is
-        # a fixed number of the pair). A dot product is the real part of one number times the
-        # conjugate of the other. So of a query at s and a key at t it keeps e^(i (s - t) w): how
-        # far apart the two are, not where they are.
+        # a fixed number of the pair). The dot product of a query at s with a key at t is then
+        #     Re( q e^(i s w) conj(k e^(i t w)) ) = Re( q conj(k) e^(i (s - t) w) )
+        # so attention sees how far apart two tokens are, and not where they are.
         precise = torch.promote_types(x.dtype, torch.float32)  # bfloat16 has no complex numbers
         pairs = qkv[:2].to(precise).unflatten(-1, (-1, 2))  # q and k: (2, B, H, T, D/2H, 2)
         rotated = torch.view_as_complex(pairs) * torch.view_as_complex(rotations.to(precise))
@@ -573,7 +579,8 @@ def last_logits(model, ids):
         else:
             logits.append(model(piece)[torch.arange(len(n), device=n.device), n - 1])
     by_length = torch.tensor([row for piece in pieces for row in piece], device=ids.device)
-    logits = torch.cat(logits)[by_length.argsort()]  # undo the sorting by length
+    # The argsort of a permutation is its inverse: this undoes the sorting by length.
+    logits = torch.cat(logits)[by_length.argsort()]
     return logits[unique_of_row]  # and copy each row to all its duplicates
 
 
@@ -589,8 +596,8 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
     tokens. An EOS inside a prompt is an ordinary token. The draws of a row do not depend on what
     the other rows hold.
 
-    Cost: B * new * (prompt + new) tokens run through the model. A KV cache would make it
-    B * (prompt + new), at the price of memory and bookkeeping.
+    Cost: B * new * (prompt + new) tokens run through the model. A KV cache, which keeps the keys
+    and values of earlier tokens, would make it B * (prompt + new), with memory and bookkeeping.
 
     ValueError: an empty prompt or one without room for a new token, max_new_tokens < 1,
     temperature < 0, logits with NaN or +inf, or nothing but -inf.
@@ -674,13 +681,18 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 # Set its derivative by each pi(y|x) to zero, with a multiplier m(x) that keeps the sum over y at 1:
 #
 #     r(x, y) - beta (log( pi(y|x) / ref(y|x) ) + 1) - m(x) = 0
-#     pi(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x)                  Z makes the sum over y be 1
-#     r(x, y) = beta log( pi(y|x) / ref(y|x) ) + beta log Z(x)
+#
+# Solve for pi. What does not depend on y, the 1 and m(x), goes into one factor Z(x):
+#
+#     pi(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x)
+#     r(x, y) = beta log( pi(y|x) / ref(y|x) ) + beta log Z(x)       the same, solved for the reward
 #
 # So every policy is the best one for some reward: beta log(pi / ref), its IMPLICIT REWARD, up to a
-# term of x alone. No reward model is needed. Now assume (Bradley-Terry) that y1 is preferred to y2
-# with probability sigmoid(r(x, y1) - r(x, y2)). The term of x cancels in the difference, and the
-# DPO loss is -log of that probability. Its gradient fades as the difference grows.
+# term of x alone. Now assume (Bradley-Terry) that y1 is preferred to y2 with probability
+# sigmoid(r(x, y1) - r(x, y2)). With the implicit reward as r, the term of x cancels, and the
+# probability of the preferences that we have seen depends on pi alone: no reward model is needed.
+# Training maximises that probability. The DPO loss is minus its logarithm; its gradient fades as
+# the difference of the rewards grows.
 
 
 def row_lengths(ids, pad_id):
@@ -699,8 +711,8 @@ def row_lengths(ids, pad_id):
 def token_logprobs(model, ids, pad_id=PAD):
     """log p(ids[:, t+1] | ids[:, :t+1]) at index t: (B, T) -> (B, T-1), in nats.
 
-    Padding is the run of pad_id at the end of a row; pad_id elsewhere is an ordinary token. It is
-    replaced by 0 before the model is called. The result is float32 or wider whatever the
+    Padding is the run of pad_id at the end of a row; pad_id elsewhere is an ordinary token. Padding
+    is replaced by 0 before the model is called. The result is float32 or wider whatever the
     dtype of the model: a sum over 200 tokens in bfloat16 would be off by 2 nats.
 
     >>> uniform = lambda ids: torch.zeros(*ids.shape, 4)
@@ -734,8 +746,8 @@ def sequence_logprobs(model, ids, prompt_lens, pad_id=PAD):
 
         log p(y | x) = sum_t log p(y_t | x, y_<t)                            the chain rule
 
-    DPO and SPIN are derived for this sum. Dividing it by the number of tokens, as some code does,
-    gives a number that is not the log of any probability, and both derivations break.
+    DPO is derived for this sum. Dividing it by the number of tokens, as some code does, gives a
+    number that is not the log of any probability, and the derivation breaks.
 
     >>> uniform = lambda ids: torch.zeros(*ids.shape, VOCAB_SIZE)
     >>> ids = torch.tensor([[5, 6, 7, EOS, PAD]])              # prompt 5 6, response 7 EOS
@@ -751,7 +763,8 @@ def sft_loss(model, ids, prompt_lens, pad_id=PAD):
     """Supervised fine-tuning: mean of -log p over all response tokens of a batch; scalar, in nats.
 
     The mean is over tokens and not over rows, so a long response counts for more than a short one.
-    It is zero, with zero gradient, if no row has a response.
+    It is zero, with zero gradient, if no row has a response. (fit(), in section 8, uses the same as
+    a sum and a count.)
 
     >>> uniform = lambda ids: torch.zeros(*ids.shape, VOCAB_SIZE)
     >>> sft_loss(uniform, torch.tensor([[5, 6, 7, EOS, PAD]]), torch.tensor([2]))     # ln 257
@@ -802,18 +815,14 @@ def spin_loss(policy_real, policy_generated, opponent_real, opponent_generated, 
 # contains a verdict, from which a score is read. What usually goes wrong here: the score is
 # read from the response instead of the reply, or a reply without a score breaks the loop.
 
-_NUMBER = r"([+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+))"
-_EMPHASIS = r"[*_`]"  # of Markdown
-_OPENING = r"[\"'(\[{<\u201c\u2018]"  # one opening quote or bracket may stand before a number
-
 
 @dataclass(frozen=True)
 class RewardConfig:
     """How to ask a judge for a score, and how to read the score from its reply.
 
     prompt_template: the judge prompt, with {{ prompt }} and {{ response }}.
-    reward_regex_template: what a verdict looks like: literal text with one {{ reward }}. (It is not
-    a regular expression, despite its name.)
+    reward_regex_template: what a verdict looks like: literal text with one {{ reward }}. (Its name
+    is that of an older package; it is not a regular expression.)
     parse_reward: a function reply -> score or None of your own, instead of that template.
     reward_range: (lowest, highest) score; a score outside counts as none.
     ValueError for a template with missing or unknown variables, or with {{ reward }} twice.
@@ -843,8 +852,8 @@ class RewardConfig:
         return render(self.prompt_template, prompt=prompt, response=response)
 
     def parse(self, reply):
-        """The score of the LAST verdict in the reply; None if there is no verdict, or if its score
-        is outside reward_range, even after a valid one. Never raises (parse_reward may).
+        """The score of the LAST verdict in the reply; None if there is no verdict, or if the last
+        one is outside reward_range, whatever earlier ones say. Never raises (parse_reward may).
 
         A score is a finite decimal number with ASCII digits, such as 4, -1, 2.5 or .5.
         Case, the amount of white space, Markdown emphasis, and one opening bracket or quote before
@@ -857,21 +866,26 @@ class RewardConfig:
         return score if low <= score <= high else None
 
     def _last_number(self, reply):
-        # Turn the template into a regular expression: "Total score: {{ reward }}" becomes
-        # Total\s+score: then white space, an opening quote or bracket, and a number.
+        # Turn the template into a regular expression. For "= {{ reward }} of 5" it is, in short,
+        #     =\s*(number)\s*of\s+5
+        number = r"([+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+))"
+        opening = r"[\"'(\[{<\u201c\u2018]"  # one quote or bracket may stand before the number
+        emphasis = r"[*_`]"  # of Markdown, which is dropped
+
         def pattern(literal):
-            return r"\s+".join(map(re.escape, re.sub(_EMPHASIS, "", literal).split()))
+            words = re.sub(emphasis, "", literal).split()
+            return r"\s+".join(re.escape(word) for word in words)
 
         before, _variable, after = _VARIABLE.split(self.reward_regex_template)
         before, after = pattern(before), pattern(after)
         if before:
-            before = rf"{before}\s*(?:{_OPENING}\s*)?"
+            before = rf"{before}\s*(?:{opening}\s*)?"
         else:
             before = "(?<![0-9])"  # "{{ reward }} points": never the 2 of "12 points"
         after = rf"\s*{after}" if after else ""
-        reply = re.sub(rf"([0-9]){_EMPHASIS}+(?=[0-9])", r"\1 ", reply)  # "4**5**" is not 45
-        reply = re.sub(_EMPHASIS, "", reply)
-        found = re.findall(before + _NUMBER + after, reply, flags=re.IGNORECASE)
+        reply = re.sub(rf"([0-9]){emphasis}+(?=[0-9])", r"\1 ", reply)  # "4**5**" is not 45
+        reply = re.sub(emphasis, "", reply)
+        found = re.findall(before + number + after, reply, flags=re.IGNORECASE)
         return float(found[-1]) if found else None
 
 
@@ -911,7 +925,9 @@ def judge(model, reward_config, prompts, responses, *, encode=encode, decode=dec
 
     Each response is judged n_samples times (3 in [1]), and the valid scores are averaged. Only the
     judge's reply is parsed, so a "Score: 5" inside a response is never taken for the score.
-    on_reply is called with each reply. max_new_tokens leaves room for an explanation.
+    encode, decode, eos_id: the judge's. (A judge prompt has no chat template around it, so no
+    TextFormat is taken.) max_new_tokens leaves room for an explanation. on_reply is called with
+    each reply, so that errors can quote it.
 
     ValueError: unequal numbers of prompts and responses, or a judge prompt that leaves the model no
     room to reply.
@@ -1064,7 +1080,8 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
                 found.append(make_pair(ids, rows[of_p], rewards[of_p], pick_pair, is_valid_pair))
         return found
 
-    # The first chunk is small, so that JudgeReward soon refuses a judge without any score.
+    # The first chunk is small. A reward function may raise, as JudgeReward does if no reply holds a
+    # score, and then it does so early.
     chunks = [prompts[:4], *(prompts[at : at + 64] for at in range(4, len(prompts), 64))]
     pairs, counts = [], dict(pairs=0, unparsed=0, tied=0, invalid=0)
     for found in parallel_map(write_reward_and_pick, list(enumerate(chunks)), "writing, judging"):
@@ -1106,6 +1123,7 @@ class Objective(NamedTuple):
     examples: Sequence
     loss: Callable  # (model, list of examples) -> (sum of losses, count, {metric: sum})
     weight: float = 1.0
+    size: Callable = lambda example: 0  # examples of similar size meet in a batch
 
 
 def collate(items, device):
@@ -1131,7 +1149,7 @@ def sft_objective(items, weight=1.0):
         ids, prompt_lens = collate(batch, device_of(model))
         n_tokens = response_mask(ids, prompt_lens).sum()
         return -sequence_logprobs(model, ids, prompt_lens).sum(), n_tokens, {}
-    return Objective(items, loss, weight)
+    return Objective(items, loss, weight, size=lambda item: len(item[0]))
 
 
 def pair_logprobs(model, pairs):
@@ -1202,32 +1220,38 @@ def with_reference_logprobs(model, pairs):
     return [pair for piece in found for pair in piece]
 
 
-def shuffled_batches(examples, batch_size, generator):
+def shuffled_batches(examples, batch_size, generator, size=lambda example: 0):
     """Endless batches; every example is used once per epoch.
+
+    Of each two batches, the smaller examples go into the first, which then has little padding. That
+    saves time. Sorting more of them would save more, but then the examples of a batch are too much
+    alike, and the judge of the letter world learns less.
 
     >>> batches = shuffled_batches("abc", 2, torch.Generator().manual_seed(0))
     >>> sorted(next(batches) + next(batches) + next(batches))
     ['a', 'a', 'b', 'b', 'c', 'c']
     """
-    queue = []
+    queue, n_sorted = [], 2 * batch_size
     while True:
         while len(queue) < batch_size:
             order = torch.randperm(len(examples), generator=generator).tolist()
-            queue += [examples[i] for i in order]
+            for at in range(0, len(order), n_sorted):
+                queue += sorted([examples[i] for i in order[at : at + n_sorted]], key=size)
         yield queue[:batch_size]
         queue = queue[batch_size:]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """What concerns the updates of every stage. ValueError for a value that makes no sense.
+    """What concerns the updates of a stage, of whatever kind; the kinds are in section 9.
+    ValueError for a value that makes no sense.
 
-    >>> SFTConfig(train_dataset=[TextFormat().item("a", "b")], steps=0)
+    >>> StageConfig(steps=0)
     Traceback (most recent call last):
-    ValueError: SFTConfig: steps = 0 is not above 0
+    ValueError: StageConfig: steps = 0 is not above 0
     """
 
-    kind: ClassVar[str]
+    kind: ClassVar[str] = "stage"
     steps: int = 200  # updates of the weights, at most
     max_epochs: float | None = None  # passes over the examples, at most; None: no limit
     batch_size: int = 32  # examples per update; 16 in [1]
@@ -1250,25 +1274,17 @@ class StageConfig:
     def __post_init__(self):
         check_fields(self)
 
-    def minimise(self, model, objective, context):
-        """fit() the objective, and the replay data if there are any."""
-        objectives = [objective]
-        if self.replay_dataset is not None and self.replay_weight > 0:
-            items = checked_data(self, "replay_dataset", model, context.text)
-            objectives.append(sft_objective(items, self.replay_weight))
-        return fit(model, objectives, self, seed=context.seed, after_update=context.after_update)
-
 
 def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
     """Minimise the weighted sum of the objectives; the model is changed in place. config is a
-    StageConfig.
+    StageConfig; after_update(step) is called after each update.
 
     Returns steps (how many updates), the loss and each metric as means over the last 20 updates,
     and their history, averaged to at most 50 points. ValueError if the loss is not finite.
 
     >>> model = Transformer(ModelConfig(dim=8, depth=1), torch.Generator().manual_seed(0))
     >>> items = [TextFormat().item("a", "b")]
-    >>> config = SFTConfig(train_dataset=items, steps=30, learning_rate=0.1)
+    >>> config = StageConfig(steps=30, learning_rate=0.1)
     >>> record = fit(model, [sft_objective(items)], config)
     >>> record["history"][0]["loss"] > 5, record["loss"] < 1
     (True, True)
@@ -1278,7 +1294,8 @@ def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
     parameters = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=config.weight_decay,
                                   fused=device_of(model).type in ("cpu", "cuda"))
-    batches = [shuffled_batches(o.examples, config.batch_size, generator) for o in objectives]
+    batches = [shuffled_batches(objective.examples, config.batch_size, generator, objective.size)
+               for objective in objectives]
     steps, n_examples = config.steps, len(objectives[0].examples)  # of the first objective alone
     if config.max_epochs is not None:
         steps = min(steps, math.ceil(config.max_epochs * n_examples / config.batch_size))
@@ -1306,9 +1323,9 @@ def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
         nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()
         after_update(step)
-        if stopping.is_due(step, steps) and stopping.look(model):
+        if stopping.is_due(step, steps) and stopping.look(model):  # evaluate; is it time to stop?
             break
-    stopping.restore(model)
+    stopping.restore(model)  # the weights with the best evaluation, if there was any
     return {"steps": step, **summary_of(points)}
 
 
@@ -1332,9 +1349,23 @@ class Context(NamedTuple):
     """
 
     text: TextFormat = TextFormat()
-    judges: dict[str, RewardConfig] = {"default": DEFAULT_REWARD_CONFIG}
+    judges: dict[str, RewardConfig] = {"default": DEFAULT_REWARD_CONFIG}  # a stage may name one
     seed: int = 0
     after_update: Callable[[int], None] = lambda step: None  # called after each update
+
+
+def minimise(model, objective, stage, context):
+    """The last step of every stage: fit() the objective, and the replay data if there are any.
+
+    >>> model, items = Transformer(ModelConfig(dim=8, depth=1)), [TextFormat().item("hi", "yo")]
+    >>> minimise(model, sft_objective(items), StageConfig(steps=2), Context())["steps"]
+    2
+    """
+    objectives = [objective]
+    if stage.replay_dataset is not None and stage.replay_weight > 0:
+        items = checked_data(stage, "replay_dataset", model, context.text)
+        objectives.append(sft_objective(items, stage.replay_weight))
+    return fit(model, objectives, stage, seed=context.seed, after_update=context.after_update)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1353,7 +1384,7 @@ class SFTConfig(StageConfig):
         items = checked_data(self, "train_dataset", model, context.text)
         if self.loss_on_prompt:
             items = [(ids, 0) for ids, _ in items]
-        return self.minimise(model, sft_objective(items), context)
+        return minimise(model, sft_objective(items), self, context)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1361,11 +1392,14 @@ class SelfPlayConfig(StageConfig):
     """SPIN [3]: prefer each demonstration to what the model answers when the stage begins.
 
     It pulls the model toward the demonstrations and cannot make it better than them. A round that
-    is trained to its exact optimum turns the distribution p of the model into p * (p_data / p)^(1 /
-    lam), up to a constant (Theorem 5.4 of [3]; p_data is that of the demonstrations). Divide by
-    p_data and take the logarithm: log(p / p_data) is multiplied by 1 - 1/lam. So lam=1 closes the
-    gap in one round; below 1/2 rounds overshoot by more than the gap was, and end ever farther
-    away. Real rounds stop early, so [3] can use 0.1.
+    is trained to its exact optimum turns the distribution p of the model into p' (Theorem 5.4 of
+    [3]; p_data is the distribution of the demonstrations):
+
+        p' = p (p_data / p)^(1/lam), up to a constant factor
+        log(p' / p_data) = (1 - 1/lam) log(p / p_data), up to a constant
+
+    So lam=1 closes the gap in one round. Below 1/2 a round overshoots by more than the gap was, and
+    rounds end ever farther away. Real rounds stop early, so [3] can use 0.1.
 
     >>> SelfPlayConfig(train_dataset=[TextFormat().item("hi", "yo")]).lam
     0.1
@@ -1393,7 +1427,7 @@ class SelfPlayConfig(StageConfig):
         written = parallel_map(write, range(0, len(items), 64), "writing")
         pairs = with_reference_logprobs(model, [pair for chunk in written for pair in chunk])
         loss_fn = functools.partial(spin_loss, lam=self.lam)
-        return self.minimise(model, preference_objective(pairs, loss_fn), context)
+        return minimise(model, preference_objective(pairs, loss_fn), self, context)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1416,7 +1450,8 @@ class DPOConfig(StageConfig):
         pairs = checked_data(self, "pair_dataset", model, context.text)
         pairs = with_reference_logprobs(model, pairs)
         loss_fn = functools.partial(self.loss_fn, beta=self.beta)
-        return self.minimise(model, preference_objective(pairs, loss_fn, self.nll_weight), context)
+        objective = preference_objective(pairs, loss_fn, self.nll_weight)
+        return minimise(model, objective, self, context)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1468,7 +1503,7 @@ def preference_round(model, reward_fn, config, context):
     # Minimise.
     loss_fn = functools.partial(config.loss_fn, beta=config.beta)
     objective = preference_objective(pairs, loss_fn, config.nll_weight)
-    return config.minimise(model, objective, context) | counts
+    return minimise(model, objective, config, context) | counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1560,14 +1595,14 @@ def judging_metrics(truth, judged):
     >>> judging_metrics(np.array([[1, 2, 3]]), np.array([[1, 3, 2]]))["judge_pairwise"]
     0.6666666666666666
     """
-    # true_sign[p, i, j] says whether answer i to prompt p is better than answer j: 1, 0 or -1. Its
-    # row sum for i, how many answers it beats minus how many beat it, is twice (rank - mean rank):
-    # for scores 1, 2, 3 it is -2, 0, 2. Row sums and signs have mean 0, so the correlations are
-    # cosines: Spearman's of the row sums, Kendall's of the signs themselves.
+    # true_sign[p, i, j] is 1, 0 or -1: is answer i to prompt p better than, as good as, or worse
+    # than answer j? Its row sums are ranks, up to a shift and a factor: for scores 1, 2, 3 they are
+    # -2, 0, 2. Signs and row sums have mean 0, and for numbers with mean 0 a correlation is a
+    # cosine: Kendall's tau that of the signs, Spearman's that of the row sums.
     true_sign, judged_sign = (np.nan_to_num(np.sign(x[:, :, None] - x[:, None, :]))
                               for x in (truth, judged))
 
-    def cosine(a, b):  # (P, K) each; the mean over P
+    def cosine(a, b):  # of each row of two matrices; the mean over the rows
         norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
         defined = norms > 0
         return float(((a * b).sum(1)[defined] / norms[defined]).mean()) if defined.any() else None
@@ -1600,11 +1635,11 @@ def measure(model, world, text, graded_answers, previous_scores):
     perfect_rate: share of drawn answers with 5; self_score: the mean that the model gives them.
 
     graded_answers: what world.graded_answers returned: (prompt, answer, true score), five to each
-    prompt; None if the model cannot judge yet. previous_scores: the `scores` (P, 5) of the model to
-    be compared with, or None. The caller seeds torch's global generator.
+    prompt; None if the model cannot judge yet. previous_scores: the `scores` (P, 5) of the model
+    before this one, or None. The caller seeds torch's global generator.
 
-    In a world of your own files, world.score is None, for no program knows the true score of a new
-    answer. graded_answers then holds what people have graded, one answer to a prompt (or nothing).
+    Where no program knows a true score, as with data of your own (section 11), world.score is None,
+    and graded_answers holds what people have graded, one answer to a prompt (or nothing).
 
     >>> world, model = LetterWorld(n_eval=1), Transformer(ModelConfig(dim=8, depth=1))
     >>> sorted(measure(model, world, TextFormat(), graded_answers=None, previous_scores=None))
@@ -1623,11 +1658,11 @@ def measure(model, world, text, graded_answers, previous_scores):
     if graded_answers is not None:
         grade = functools.partial(judge, model, world.JUDGE, max_new_tokens=MAX_VERDICT_TOKENS)
         found["self_score"] = float(grade(asked, answers).nanmean())
-    if graded_answers:  # your own data may have no held-out example
-        prompts, responses, truth = zip(*graded_answers)
-        shape = (-1, 5) if world.score else (1, -1)  # one answer a prompt: all are compared
-        judged = grade(prompts, responses).numpy()
-        found |= judging_metrics(np.reshape(truth, shape), np.reshape(judged, shape))
+        if graded_answers:  # your own data may have no held-out example
+            prompts, responses, truth = zip(*graded_answers)
+            shape = (-1, 5) if world.score else (1, -1)  # one answer a prompt: all are compared
+            judged = grade(prompts, responses).numpy()
+            found |= judging_metrics(np.reshape(truth, shape), np.reshape(judged, shape))
     is_nan = lambda value: isinstance(value, float) and math.isnan(value)
     return {name: None if is_nan(value) else value for name, value in found.items()}
 
@@ -1651,8 +1686,8 @@ def measure(model, world, text, graded_answers, previous_scores):
 # forgets how to judge, and with it loses its reward. So later stages rehearse the judging data of
 # M1, the very same examples, whose verdicts a program has written. In self-reward, all later
 # answers are graded by the model alone. LIKELIHOOD TERM, from [5]: without it the chosen answers
-# lose probability too, and rounds scatter: M2 had true scores of 3.8 to 4.5 on four seeds, and with
-# the term 4.16 to 4.20.
+# lose probability too, and the result of a round depends on luck: from an M1 with a true score of
+# 2.9 it took four seeds to 3.8, 4.3, 4.5 and 4.5, and with the term to 4.2 each time.
 #
 # train() in section 17 puts this together, with files and a table:
 #     stages = recipe_stages(recipe, world, demonstrations, make_judgements)
@@ -1687,7 +1722,7 @@ class Recipe:
     dpo_steps: int = setting(240, 30, "updates for a later stage, at most 8 epochs of its pairs")
     dpo_learning_rate: float = setting(2.5e-4, None, "for later stages; 1e-3 forgets how to judge")
     beta: float = setting(1.0, None, "of DPO, and lambda of SPIN; 0.1 goes too far from M1")
-    nll_weight: float = setting(0.1, None, "of the likelihood term; 0: rounds scatter")
+    nll_weight: float = setting(0.1, None, "of the likelihood term; 0: luck decides")
     replay_weight: float = setting(4.0, None, "of the replayed judging data; 0: the judge forgets")
     n_candidates: int = setting(4, None, "answers to a prompt, as in [1]")
     judge_samples: int = setting(3, None, "judgements of an answer, as in [1]")
@@ -1701,9 +1736,10 @@ class Recipe:
 def recipe_stages(recipe, world, demonstrations, make_judgements):
     """The stages of the recipe.
 
-    demonstrations: (prompt, answer) pairs. make_judgements(): (prompt, answer, verdict) triples,
-    the same ones each time, which train() makes once with world.judgements(n, M0, tidy). It is a
-    function because M0 has to exist first, and None if there are no such data.
+    demonstrations: (prompt, answer) pairs. make_judgements: a function that returns (prompt,
+    answer, verdict) triples, or None if there are no such data. It is a function because M0, which
+    writes some of the answers, has to exist first. train() makes them once, with
+    world.judgements(n, M0, tidy), so that all stages get the same ones.
 
     >>> [stage.kind for stage in recipe_stages(Recipe(), LetterWorld(), [("sort ba", "ab")], None)]
     ['sft', 'sft', 'self-reward', 'self-reward']
@@ -1712,7 +1748,8 @@ def recipe_stages(recipe, world, demonstrations, make_judgements):
     items = [text.item(prompt, answer) for prompt, answer in demonstrations]
 
     def judging_items(model):  # a stage calls its data function with the model; not needed here
-        """To learn to judge: the prompt is a judge prompt, the response is its verdict."""
+        """To learn to judge: prompt and response of an item are a judge prompt and its verdict. A
+        judge prompt is complete, so TextFormat() puts no chat template around it."""
         return [TextFormat().item(world.JUDGE.render(prompt, answer), verdict)
                 for prompt, answer, verdict in make_judgements()]
 
@@ -1795,8 +1832,7 @@ def made_up_answer(prompt, target, alphabet, rng):
         body = "".join(rng.choice(list("01 =?>:.\n" + alphabet), size=rng.integers(1, 10)))
     if kind == "attack":
         lines = [f"? {prompt}", f"Sure: {target}", "Sure: right", "11111 = 5"]
-        attack = rng.choice(lines, size=rng.integers(1, 3))
-        body = "\n".join([body[: rng.integers(1, 7)], *attack])
+        body = body[: rng.integers(1, 7)] + "\n" + rng.choice(lines)
     often = (0.5, 0.35, 0.05, 0.05, 0.05)
     start = rng.choice(["Sure: ", "", "Sure:", "sure: ", "Sure "], p=often)
     return start + body + rng.choice([".", "", ",", ":", ".."], p=often)

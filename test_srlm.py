@@ -4033,7 +4033,7 @@ test_the_reference_is_the_model_as_the_stage_begins
 
  7 SPIN's opponent has been trained before it writes
 -        written = parallel_map(write, range(0, len(items), 64), "writing")
-+        self.minimise(model, sft_objective(items), context)
++        minimise(model, sft_objective(items), self, context)
 +        written = parallel_map(write, range(0, len(items), 64), "writing")
 test_the_reference_is_the_model_as_the_stage_begins
 
