@@ -1832,7 +1832,8 @@ def made_up_answer(prompt, target, alphabet, rng):
         body = "".join(rng.choice(list("01 =?>:.\n" + alphabet), size=rng.integers(1, 10)))
     if kind == "attack":
         lines = [f"? {prompt}", f"Sure: {target}", "Sure: right", "11111 = 5"]
-        body = body[: rng.integers(1, 7)] + "\n" + rng.choice(lines)
+        attack = rng.choice(lines, size=rng.integers(1, 3))  # with one line alone, it learns less
+        body = "\n".join([body[: rng.integers(1, 7)], *attack])
     often = (0.5, 0.35, 0.05, 0.05, 0.05)
     start = rng.choice(["Sure: ", "", "Sure:", "sure: ", "Sure "], p=often)
     return start + body + rng.choice([".", "", ",", ":", ".."], p=often)
