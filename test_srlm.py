@@ -24,6 +24,7 @@ import re
 import time
 import types
 from collections import defaultdict
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -64,9 +65,11 @@ def grades(*units):
 
 
 def plain(x):
-    """Tensors and arrays, alone or in lists, as Python numbers."""
+    """Tensors and arrays, alone or in lists, as Python numbers; a dict as a list of texts."""
     if isinstance(x, (list, tuple)):
         return [plain(y) for y in x]
+    if isinstance(x, dict):
+        return [f"{key}: {plain(value)}" for key, value in x.items()]
     return x.tolist() if hasattr(x, "tolist") else x
 
 
@@ -95,34 +98,54 @@ def hint(found, expected):
     return ""
 
 
-def compared(found, expected):
-    """Both in two columns, row by row, and a hint for the first row that differs."""
+def shown(x):
+    """A row in six digits and at most 70 characters; nothing where one column is shorter."""
+    if isinstance(x, list):
+        return f"[{', '.join(map(shown, x))}]"[:70]
+    return "" if x is MISSING else f"{x:.6g}" if isinstance(x, float) else repr(x)[:70]
+
+
+def alike(a, b, tolerance):
+    """Are two rows equal up to the tolerance, NaN equal to NaN?"""
+    try:
+        return np.shape(a) == np.shape(b) and np.allclose(a, b, tolerance, tolerance, equal_nan=True)
+    except (TypeError, ValueError):  # texts, None, or rows of unequal lengths
+        return a == b
+
+
+def compared(found, expected, of="", tolerance=0.0):
+    """What was compared, the rows that differ in two columns, and a hint for the first of them."""
     yours, mine = ([x] if not isinstance(x, list) else x for x in map(plain, (found, expected)))
-    shown = lambda x: "" if x is MISSING else f"{x:.6g}" if isinstance(x, float) else repr(x)[:50]
-    both = itertools.zip_longest(mine, yours, fillvalue=MISSING)
-    table = [f"{shown(a):>12} | {shown(b)}" for a, b in both]
-    rows = zip(found, expected) if isinstance(expected, list) else [(found, expected)]
-    hints = [hint(*row) for row in rows if plain(row[0]) != plain(row[1])]
-    return "\n".join([f"{'expected':>12} | yours", *table[:20], *filter(None, hints[:1])])
+    rows = list(itertools.zip_longest(mine, yours, fillvalue=MISSING))
+    differ = [i for i, row in enumerate(rows) if not alike(*row, tolerance)]
+    columns = [("expected", "yours"), *(tuple(map(shown, rows[i])) for i in differ[:5])]
+    width = max(12, *(len(a) for a, _ in columns))
+    table = [f"{a:>{width}} | {b}" for a, b in columns]
+    words = [f"{len(differ)} of {len(rows)} rows differ"] if len(rows) >= len(table) else []
+    if not isinstance(expected, list):
+        words += [hint(found, expected)]
+    elif differ and differ[0] < min(len(mine), len(yours)):
+        words += [hint(found[differ[0]], expected[differ[0]])]
+    return "\n".join([f"{of}:"] * (of != "") + table + list(filter(None, words)))
 
 
-def close(found, expected, tolerance=1e-9):
-    """Asserts equality up to an absolute and relative tolerance, NaN equal to NaN."""
+def close(found, expected, tolerance=1e-9, of=""):
+    """Asserts equality up to an absolute and relative tolerance, NaN equal to NaN. A failure shows `of`."""
     found, expected = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (found, expected))
     is_close = found.shape == expected.shape and torch.allclose(
         found, expected, tolerance, tolerance, equal_nan=True)
-    assert is_close, compared(found, expected)
+    assert is_close, compared(found, expected, of, tolerance)
 
 
-def same(found, expected):
+def same(found, expected, of=""):
     """Asserts equality bit for bit of texts, numbers, tensors, or lists or dicts of them."""
     try:
         torch.testing.assert_close(found, expected, atol=0, rtol=0, equal_nan=True)
     except AssertionError as error:
         looks_equal = plain(found) == plain(expected)  # as where only the dtype differs
-        raise AssertionError(str(error) if looks_equal else compared(found, expected)) from None
+        raise AssertionError(f"{of}: {error}" if looks_equal else compared(found, expected, of)) from None
     except TypeError:  # texts, which assert_close does not take
-        assert found == expected, compared(found, expected)
+        assert found == expected, compared(found, expected, of)
 
 
 def generator(seed):
@@ -135,9 +158,12 @@ class HashModel(nn.Module):
 
     def __init__(self, vocab, seed=0, states=97):
         super().__init__()
-        self.vocab, self.states = vocab, states
+        self.vocab, self.seed, self.states = vocab, seed, states
         table = torch.randn(states, vocab, generator=generator(seed), dtype=torch.float64)
         self.table = nn.Parameter(2 * table)
+
+    def __repr__(self):
+        return f"HashModel({self.vocab}, seed={self.seed})"
 
     def forward(self, ids):
         assert 0 <= ids.min() and ids.max() < self.vocab, "padding reached the model"
@@ -277,8 +303,8 @@ def write(model=None, prompts=WORDS, reward_fn=ODD, **how):
 @example("abé")
 def test_decode_inverts_encode_and_no_text_encodes_to_a_special_id(text):
     """The ids of a text are its UTF-8 bytes, none of them special, and decoding gives the text back."""
-    same(srlm.encode(text), list(text.encode()))
-    same(srlm.decode(list(text.encode())), text)
+    same(srlm.encode(text), list(text.encode()), of="the ids of the text")
+    same(srlm.decode(list(text.encode())), text, of="the text of its UTF-8 bytes")
 
 
 @grades("encode")
@@ -491,8 +517,8 @@ def test_top_p(seed, rows, vocab, p):
 def test_top_p_of_1_keeps_unlikely_tokens(seed):
     """p=1 keeps every token, also those so unlikely that the sum of all others rounds to 1."""
     logits = 9 * torch.randn(1, 200, generator=generator(seed))
-    close(srlm.top_p(logits, 1), logits)
-    close(srlm.top_p(logits, 1.0), logits)
+    close(srlm.top_p(logits, 1), logits, of="top_p(logits, 1)")
+    close(srlm.top_p(logits, 1.0), logits, of="top_p(logits, 1.0)")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -552,11 +578,13 @@ def test_greedy_equals_a_naive_loop(seed, rows, new, pad_id, eos_id, limit):
     inside = [row.clone() for row in prompts]  # no pad_id at the ends, where it would be padding
     for row in inside:
         row[[0, -1]] = row[[0, -1]].clamp(min=1)
-    for form, prompt_rows in ((prompts, prompts), ([row.tolist() for row in prompts], prompts),
-                              (pad(inside, pad_id, extra=2), inside),
-                              (pad(inside, pad_id, left=True, extra=2), inside)):
+    for form, of, prompt_rows in (
+            (prompts, "prompts as a list of tensors", prompts),
+            ([row.tolist() for row in prompts], "prompts as lists", prompts),
+            (pad(inside, pad_id, extra=2), "prompts padded on the right", inside),
+            (pad(inside, pad_id, left=True, extra=2), "prompts padded on the left", inside)):
         found = srlm.sample(model, form, max_new_tokens=new, temperature=0, eos_id=eos_id, pad_id=pad_id)
-        same(found, [naive_greedy(model, row, new, eos_id, limit) for row in prompt_rows])
+        same(found, [naive_greedy(model, row, new, eos_id, limit) for row in prompt_rows], of)
 
 
 @grades("sample")
@@ -573,8 +601,8 @@ def test_a_draw_does_not_depend_on_the_rest_of_its_batch(seed, rows, new, temper
                            generator=generator(seed))[i]
 
     before = draw(prompts)
-    same(draw([*others[:i], prompts[i], *others[i + 1:]]), before)
-    same(draw([prompts[i]] * rows), before)
+    same(draw([*others[:i], prompts[i], *others[i + 1:]]), before, of=f"row {i} beside other rows")
+    same(draw([prompts[i]] * rows), before, of=f"row {i} beside rows that are equal to it")
 
 
 @grades("sample")
@@ -739,16 +767,36 @@ def test_the_ends_of_the_noise_draw_what_the_filter_leaves(noise, token, monkeyp
 # 4. Log-probabilities and losses ------------------------------------------------------------------
 
 
+class Batch(NamedTuple):
+    rows: list
+    prompt_lens: list
+    model: HashModel
+
+    def __repr__(self):
+        return f"Batch(rows={plain(self.rows)}, prompt_lens={self.prompt_lens}, model={self.model})"
+
+
 @st.composite
 def batches(draw, vocab=4, empty=True):
     """Ragged rows, prompt lengths, and a model; with empty=False each row has a response."""
     rng = np.random.default_rng(seed := draw(SEEDS))
     rows = ragged(rng, draw(st.integers(1, 5)), vocab, low=2, high=7)
     lens = [int(rng.integers(0 if empty else 1, len(row) + empty)) for row in rows]
-    return rows, lens, HashModel(vocab, seed % 1000)
+    return Batch(rows, lens, HashModel(vocab, seed % 1000))
 
 
 OUTSIDE = st.sampled_from([-1, 4, 257])  # values of pad_id that are no token of a vocabulary of 4
+
+
+@grades("response_mask")
+@given(batches(), OUTSIDE, st.integers(0, 2))
+@example(Batch([torch.tensor([1, 2, 3, 0]), torch.tensor([1, 2])], [2, 1], HashModel(4)), -1, 1)
+def test_response_mask(batch, pad_id, extra):
+    """Entry t is True if and only if token t + 1 is neither prompt nor padding."""
+    rows, lens, _ = batch
+    ids = pad(rows, pad_id, extra=extra)
+    expected = [[n <= t + 1 < len(row) for t in range(ids.shape[1] - 1)] for row, n in zip(rows, lens)]
+    same(srlm.response_mask(ids, torch.tensor(lens), pad_id), torch.tensor(expected))
 
 
 @grades("sequence_logprobs", "token_logprobs", "response_mask")
@@ -766,9 +814,10 @@ def test_token_logprobs_are_log_softmax_of_the_token_before(batch, pad_id):
     """Entry t is log p of token t + 1, read from the logits at position t."""
     rows, _, model = batch
     found = srlm.token_logprobs(model, pad(rows, pad_id, extra=1), pad_id)
-    close(found.shape, [len(rows), max(map(len, rows))])
-    for row, of_row in zip(rows, found):
-        close(of_row[: len(row) - 1], [logp(model, row[: t + 1], t) for t in range(1, len(row))], 1e-5)
+    close(found.shape, [len(rows), max(map(len, rows))], of="the shape")
+    for i, (row, of_row) in enumerate(zip(rows, found)):
+        expected = [logp(model, row[: t + 1], t) for t in range(1, len(row))]
+        close(of_row[: len(row) - 1], expected, 1e-5, of=f"row {i}")
 
 
 @grades("sequence_logprobs", "token_logprobs")
@@ -780,9 +829,9 @@ def test_probabilities_of_all_responses_sum_to_one(seed, length, prompt_len, pad
     ids = torch.tensor([prompt + list(y) + [9] * padding
                         for y in itertools.product(range(3), repeat=length)])
     found = srlm.sequence_logprobs(model, ids, torch.full((len(ids),), prompt_len), pad_id=9)
-    close(found.exp().sum(), 1.0, 1e-5)
+    close(found.exp().sum(), 1.0, 1e-5, of="the sum over sequence_logprobs")
     tokens = srlm.token_logprobs(model, ids, pad_id=9)[:, prompt_len - 1 : prompt_len - 1 + length]
-    close(tokens.sum(1).exp().sum(), 1.0, 1e-5)
+    close(tokens.sum(1).exp().sum(), 1.0, 1e-5, of="the sum over token_logprobs")
 
 
 @grades("sequence_logprobs")
@@ -799,16 +848,6 @@ def test_log_probability_of_a_concatenation_is_the_sum(batch, seed):
     close(first + second, whole, 1e-5)
 
 
-@grades("response_mask")
-@given(batches(), OUTSIDE, st.integers(0, 2))
-def test_response_mask(batch, pad_id, extra):
-    """Entry t is True if and only if token t + 1 is neither prompt nor padding."""
-    rows, lens, _ = batch
-    ids = pad(rows, pad_id, extra=extra)
-    expected = [[n <= t + 1 < len(row) for t in range(ids.shape[1] - 1)] for row, n in zip(rows, lens)]
-    same(srlm.response_mask(ids, torch.tensor(lens), pad_id), torch.tensor(expected))
-
-
 @grades("response_mask", "sequence_logprobs", "token_logprobs")
 @given(batches(), st.integers(0, 2))
 def test_a_pad_id_inside_a_row_is_a_token_like_any_other(batch, extra):
@@ -817,9 +856,9 @@ def test_a_pad_id_inside_a_row_is_a_token_like_any_other(batch, extra):
     ids, lens = pad(rows, 0, extra=extra), torch.tensor(lens)
     ends = [max((t + 1 for t, token in enumerate(row) if token != 0), default=0) for row in rows]
     expected = [[n <= t + 1 < end for t in range(ids.shape[1] - 1)] for end, n in zip(ends, lens)]
-    same(srlm.response_mask(ids, lens, 0), torch.tensor(expected))
-    close(srlm.sequence_logprobs(model, ids, lens, 0),
-          [logp(model, row[:end], int(n)) for row, end, n in zip(rows, ends, lens)])
+    same(srlm.response_mask(ids, lens, 0), torch.tensor(expected), of="response_mask")
+    expected = [logp(model, row[:end], int(n)) for row, end, n in zip(rows, ends, lens)]
+    close(srlm.sequence_logprobs(model, ids, lens, 0), expected, of="sequence_logprobs")
 
 
 @grades("sft_loss", "response_mask")
@@ -835,10 +874,11 @@ def test_the_loss_reads_exactly_the_logits_that_predict_the_response(batch, pad_
     loss.backward()
     grad = model.logits.grad if model.logits.grad is not None else torch.zeros(*ids.shape, 9)
     read = [[max(n, 1) <= t + 1 < len(row) for t in range(ids.shape[1])] for row, n in zip(rows, lens)]
-    same((grad != 0).any(-1), torch.tensor(read))
+    same((grad != 0).any(-1), torch.tensor(read), of="where the gradient is non-zero")
     for row, n in zip(ids, lens):
         row[1:n] = (row[1:n] + 1) % 4
-    close(srlm.sft_loss(model, ids, torch.tensor(lens), pad_id), loss, 1e-5)
+    close(srlm.sft_loss(model, ids, torch.tensor(lens), pad_id), loss, 1e-5,
+          of="the loss with other tokens in the prompts")
     assert loss.isfinite() and (any(map(any, read)) or loss == 0), f"yours is {loss}"
 
 
@@ -849,10 +889,13 @@ def test_sft_loss_is_the_mean_over_response_tokens(batch):
     rows, lens, model = batch
     n_tokens = sum(len(row) - max(n, 1) for row, n in zip(rows, lens))
     expected = -sum(logp(model, row, n) for row, n in zip(rows, lens)) / max(1, n_tokens)
-    close(srlm.sft_loss(model, pad(rows, srlm.PAD, extra=1), torch.tensor(lens)), expected, 1e-5)
+    found = srlm.sft_loss(model, pad(rows, srlm.PAD, extra=1), torch.tensor(lens))
+    close(found, expected, 1e-5, of="the loss of the batch")
     row = rows[0]
-    for n in (len(row) - 1, len(row)):  # one response token, and none
-        close(srlm.sft_loss(model, row[None], torch.tensor([n])), -logp(model, row, n), 1e-5)
+    for n_tokens in (1, 0):
+        n = len(row) - n_tokens
+        close(srlm.sft_loss(model, row[None], torch.tensor([n])), -logp(model, row, n), 1e-5,
+              of=f"the loss of the first row alone with {n_tokens} response tokens")
 
 
 def spelled_out(logits, ids, start):
@@ -870,9 +913,9 @@ def test_long_sums_keep_their_precision(dtype, length):
     expected = spelled_out(model.logits, ids[0], 3)
     tokens = srlm.token_logprobs(model, ids)
     assert tokens.dtype in (torch.float32, torch.float64), f"yours has the dtype {tokens.dtype}"
-    close(tokens[0, 2:].double().sum(), expected, 1e-5)
-    close(srlm.sequence_logprobs(model, ids, torch.tensor([3])), [expected], 1e-5)
-    close(srlm.sft_loss(model, ids, torch.tensor([3])), -expected / (length - 3), 1e-5)
+    close(tokens[0, 2:].double().sum(), expected, 1e-5, of="the sum of token_logprobs")
+    close(srlm.sequence_logprobs(model, ids, torch.tensor([3])), [expected], 1e-5, of="sequence_logprobs")
+    close(srlm.sft_loss(model, ids, torch.tensor([3])), -expected / (length - 3), 1e-5, of="sft_loss")
 
 
 @grades("sequence_logprobs", "sft_loss", "dpo_loss")
@@ -891,13 +934,13 @@ def test_impossible_tokens_outside_of_the_response_cause_no_nan(batch, seed):
     model.logits.data[masked] = -INF
     plain_model.logits.data[masked] = -1e4
     found = srlm.sequence_logprobs(model, ids, lens)
-    close(found, srlm.sequence_logprobs(plain_model, ids, lens), 1e-5)
+    close(found, srlm.sequence_logprobs(plain_model, ids, lens), 1e-5, of="possible responses")
     zero = torch.zeros(len(rows))
     (srlm.sft_loss(model, ids, lens) + srlm.dpo_loss(found, zero, zero, zero)[0].sum()).backward()
     assert model.logits.grad.isfinite().all(), "yours has a gradient that is nan or infinite"
     model.logits.data[:, :, 4] = 0.0
     model.logits.data[0, lens[0] - 1, rows[0][lens[0]]] = -INF
-    close(srlm.sequence_logprobs(model, ids, lens)[0], -INF)
+    close(srlm.sequence_logprobs(model, ids, lens)[0], -INF, of="an impossible response")
 
 
 FOUR = st.lists(st.tuples(*[st.floats(-50, 0)] * 4), min_size=1, max_size=5)
@@ -919,12 +962,12 @@ def test_dpo_and_spin_are_the_formulas_of_the_papers(name, rows, beta):
     losses, chosen, rejected = LOSSES[name](*four, beta=beta)
     losses.sum().backward()
     margins = [beta * ((pw - rw) - (pl - rl)) for pw, pl, rw, rl in rows]
-    close(losses, [math.log1p(math.exp(-abs(x))) + max(-x, 0) for x in margins], 1e-4)
-    close(chosen, [beta * (pw - rw) for pw, pl, rw, rl in rows], 1e-4)
-    close(rejected, [beta * (pl - rl) for pw, pl, rw, rl in rows], 1e-4)
+    close(losses, [math.log1p(math.exp(-abs(x))) + max(-x, 0) for x in margins], 1e-4, of="losses")
+    close(chosen, [beta * (pw - rw) for pw, pl, rw, rl in rows], 1e-4, of="rewards of the chosen")
+    close(rejected, [beta * (pl - rl) for pw, pl, rw, rl in rows], 1e-4, of="rewards of the rejected")
     pull = [-beta / (1 + math.exp(min(x, 700))) for x in margins]
-    close(four[0].grad, pull, 1e-4)
-    close(four[1].grad, [-x for x in pull], 1e-4)
+    close(four[0].grad, pull, 1e-4, of="gradient for policy_chosen")
+    close(four[1].grad, [-x for x in pull], 1e-4, of="gradient for policy_rejected")
     assert not chosen.requires_grad and not rejected.requires_grad, "the rewards are not detached"
 
 
@@ -933,12 +976,13 @@ def test_dpo_and_spin_are_the_formulas_of_the_papers(name, rows, beta):
 def test_the_loss_is_log_2_at_the_reference_and_finite_far_from_it(name):
     """The loss starts at log 2; margins of 20,000 nats give 0 or 20,000 and a finite gradient."""
     far, zero = torch.tensor([1e4, -1e4], requires_grad=True), torch.zeros(2)
-    close(LOSSES[name](far, -far, far, -far)[0], [math.log(2)] * 2, 1e-6)
+    close(LOSSES[name](far, -far, far, -far)[0], [math.log(2)] * 2, 1e-6, of="losses at the reference")
     losses, *_ = LOSSES[name](far, -far, zero, zero, beta=1.0)
     losses.sum().backward()
-    close(losses, [0.0, 2e4], 1e-5)
-    close(far.grad, [0.0, -2.0], 1e-5)
-    close(LOSSES[name](far, -far, zero, zero)[1], [1e3, -1e3], 1e-5)  # both papers take 0.1
+    close(losses, [0.0, 2e4], 1e-5, of="losses at margins of 20,000 and -20,000")
+    close(far.grad, [0.0, -2.0], 1e-5, of="gradient at these margins")
+    rewards = LOSSES[name](far, -far, zero, zero)[1]
+    close(rewards, [1e3, -1e3], 1e-5, of="rewards with the default of 0.1")  # of both papers
 
 
 @given(batches(empty=False))
@@ -1229,9 +1273,11 @@ def test_white_space_and_case_do_not_matter(one, two, upper, number):
     """Any run of white space equals any other, and capitals equal small letters."""
     config = verdict(f"Final{two}score is{one}{{{{ reward }}}} points")
     reply = f"Final{one}score{two}is{two}{number}{one}points"
-    same(config.parse(reply.upper() if upper else reply.lower()), float(number))
+    reply = reply.upper() if upper else reply.lower()
+    same(config.parse(reply), float(number), of=f"the score of {reply!r}")
     around = verdict(f"{one}score:{{{{ reward }}}} of 9{two}")
-    assert around.parse(f"Score:{two}{number}{one}of 9") == float(number)
+    reply = f"Score:{two}{number}{one}of 9"
+    same(around.parse(reply), float(number), of=f"the score of {reply!r}")
 
 
 # reply, score under "Score: {{ reward }}"; a range of 0 to 5 turns what lies outside of it into None
@@ -1293,10 +1339,10 @@ def test_your_own_parser_replaces_the_template():
     """parse_reward reads the reply instead of the template; the range holds for it too, and a score
     that is not finite is none."""
     config = dataclasses.replace(SCORE, parse_reward=lambda reply: len(reply) / 2 if reply else None)
-    same([config.parse(reply) for reply in ("Score: 4", "abc", "")], [4.0, 1.5, None])
-    same(dataclasses.replace(config, reward_range=(0, 2)).parse("Score: 4"), None)
+    same([config.parse(reply) for reply in ("Score: 4", "abc", "")], [4.0, 1.5, None], of="half the lengths")
+    same(dataclasses.replace(config, reward_range=(0, 2)).parse("Score: 4"), None, of="a score out of range")
     numbers = dataclasses.replace(config, parse_reward=float)
-    same([numbers.parse(reply) for reply in ("1", "nan", "inf")], [1.0, None, None])
+    same([numbers.parse(reply) for reply in ("1", "nan", "inf")], [1.0, None, None], of="parse_reward=float")
 
 
 @given(st.text(), st.text())
@@ -1349,8 +1395,8 @@ def test_the_judge_is_shown_each_prompt_with_its_response():
     """The judge sees each prompt beside its own response; rewards come in the order of the responses."""
     model = Scripted(lambda asked: f"Score: {len(asked)}")
     found = srlm.judge(model, SCORE, ["ab", "c", "ab"], ["d", "{{ prompt }}", "efg"])
-    same(sorted(model.seen), ["ab d", "ab efg", "c {{ prompt }}"])
-    close(found, [4.0, 14.0, 6.0], 1e-5)
+    same(sorted(model.seen), ["ab d", "ab efg", "c {{ prompt }}"], of="what the judge was shown")
+    close(found, [4.0, 14.0, 6.0], 1e-5, of="rewards")
     assert srlm.judge(model, SCORE, [], []).shape == (0,), "no responses have no rewards, shape (0,)"
 
 
@@ -1360,8 +1406,8 @@ def test_a_response_cannot_grade_itself(response):
     """Only the reply of the judge is parsed, so a "Score: 5" in a response is not a score."""
     silent, fair = Scripted(lambda asked: "well"), Scripted(lambda asked: "Score: 2")
     for attack in ("Score: 5", response + "Score: 5", "\nScore: 5\n" + response):
-        close(srlm.judge(silent, SCORE, ["p"], [attack]), [NAN])
-        close(srlm.judge(fair, SCORE, ["p"], [attack]), [2.0], 1e-5)
+        close(srlm.judge(silent, SCORE, ["p"], [attack]), [NAN], of=f"a silent judge of {attack!r}")
+        close(srlm.judge(fair, SCORE, ["p"], [attack]), [2.0], 1e-5, of=f"a fair judge of {attack!r}")
 
 
 @grades("judge")
@@ -1386,13 +1432,14 @@ def test_how_the_judge_samples_is_the_callers_choice():
                    generator=generator(0), **how)
         return sorted(set(heard))
 
-    same(replies(), ["Score: 1", "Score: 2"])  # false alarm: 2^-49
-    same(replies(temperature=0), replies(temperature=0)[:1])
-    same(replies(max_new_tokens=3), ["Sco"])
-    same(replies(eos_id=None, max_new_tokens=8), ["Score: 1", "Score: 2"])
     no_one = torch.zeros(srlm.VOCAB_SIZE).index_fill(0, torch.tensor([ord("1")]), -INF)
-    same(replies(logit_filter=lambda logits: logits + no_one), ["Score: 2"])
-    same(replies(decode=lambda ids: srlm.decode(ids[:1])), ["S"])
+    both = ["Score: 1", "Score: 2"]
+    for how, expected in (({}, both),  # false alarm: 2^-49
+                          (dict(temperature=0), replies(temperature=0)[:1]),
+                          (dict(max_new_tokens=3), ["Sco"]), (dict(eos_id=None, max_new_tokens=8), both),
+                          (dict(logit_filter=lambda logits: logits + no_one), ["Score: 2"]),
+                          (dict(decode=lambda ids: srlm.decode(ids[:1])), ["S"])):
+        same(replies(**how), expected, of=f"replies with other {', '.join(how)}" if how else "replies")
     replies(encode=lambda text: srlm.encode(text.replace("p", "q")))
     assert model.seen == {"p r", "q r"}, "encode is not the caller's"
 
@@ -1487,7 +1534,7 @@ def written(reward, prompts=("ab", "c", "dog", "egg", "fun", "go"), **how):
     pairs, counts = srlm.generate_preferences(model, list(prompts), reward_fn, text=text,
                                               **{"max_new_tokens": 9, **how})
     for pair in pairs:
-        same(pair.prompt, text.prompt_ids(text.text(pair.prompt).strip()))
+        same(pair.prompt, text.prompt_ids(text.text(pair.prompt).strip()), of="the prompt of a pair")
     return [(text.text(pair.prompt).strip(), text.text(pair.chosen), text.text(pair.rejected),
              *pair[3:5]) for pair in pairs], counts, found
 
@@ -1511,8 +1558,8 @@ def test_pairs_are_what_they_say(n_candidates, without):
         if differ:
             (best, chosen), (worst, rejected) = max(known), min(known)
             expected.append((prompt, chosen, rejected, best, worst))
-    same(sorted(pairs), sorted(expected))
-    same(counts, ends)
+    same(sorted(pairs), sorted(expected), of="pairs: prompt, chosen, rejected and their rewards")
+    same(counts, ends, of="counts")
 
 
 @grades("generate_preferences")
@@ -1525,7 +1572,8 @@ def test_a_tie_skips_one_prompt_and_no_other(without, value):
     assert without not in [prompt for prompt, *_ in pairs]
     for prompt, chosen, rejected, best, worst in pairs:
         assert chosen[:-1] == rejected[:-1] == prompt, f"{prompt!r} got {chosen!r} and {rejected!r}"
-        close([best, worst], [reward(prompt, int(text[-1])) for text in (chosen, rejected)])
+        expected = [reward(prompt, int(text[-1])) for text in (chosen, rejected)]
+        close([best, worst], expected, of=f"rewards of {chosen!r} and {rejected!r}")
         assert best > worst, "the chosen answer is not the better one"
     assert counts["unparsed" if value != value else "tied"] >= 1 and sum(counts.values()) == 6, f"{counts}"
 
@@ -1534,9 +1582,10 @@ def test_a_tie_skips_one_prompt_and_no_other(without, value):
 def test_generation_stops_at_n_pairs_or_warns():
     """No more than n_pairs are returned, and a warning is given if there are fewer."""
     pairs, counts, _ = written(lambda prompt, digit: digit, n_candidates=6, n_pairs=3)
-    same([len(pairs), counts["pairs"]], [3, 3])
-    late = lambda prompt, digit: 2 if prompt < "d" else digit  # the first two prompts give no pair
-    same(written(late, n_candidates=6, n_pairs=3)[1]["pairs"], 3)
+    same([len(pairs), counts["pairs"]], [3, 3], of="pairs, and their count")
+    late = lambda prompt, digit: 2 if prompt < "d" else digit
+    found = written(late, n_candidates=6, n_pairs=3)[1]["pairs"]
+    same(found, 3, of="pairs, where the first two prompts give none")
     with pytest.warns(Warning):
         pairs, counts, _ = written(lambda prompt, digit: digit, n_candidates=6, n_pairs=9)
     assert counts["pairs"] == len(pairs) <= 6 == sum(counts.values()), f"{counts}, {len(pairs)} pairs"
@@ -1562,7 +1611,7 @@ def test_no_pair_at_all_is_an_error_in_bounded_time(value):
     calls = []
     with pytest.raises(ValueError):
         write(reward_fn=lambda prompts, responses: calls.extend(responses) or [value] * len(responses))
-    same(len(calls), 4 * len(WORDS))
+    same(len(calls), 4 * len(WORDS), of="answers that were rewarded")
 
 
 @grades("generate_preferences")
@@ -1807,7 +1856,7 @@ def test_judging_metrics_are_what_the_loops_say(silent, seed, prompts, n):
                            judge_spearman=mean([x for x in spearman if x is not None]),
                            judge_kendall=mean([x for x in kendall if x is not None])).items():
         assert (found[key] is None) == (value is None), f"{key}: expected {value} | yours {found[key]}"
-        close(found[key] or 0.0, value or 0.0, 1e-5)
+        close(found[key] or 0.0, value or 0.0, 1e-5, of=key)
     low, high = mean(list(map(min, best))), mean(list(map(max, best)))  # any of several favourites
     share = found["judge_best5"]
     assert low - 1e-6 <= share <= high + 1e-6, f"judge_best5: expected {low} to {high} | yours {share}"
@@ -1843,7 +1892,7 @@ def test_head_to_head_counts_both_ways(seed):
     expected = [mean([float(f(a, b)) for a, b in pairs]) for f in (np.greater, np.equal, np.less)]
     for first, second, keys in ((one, two, "win tie lose"), (two.tolist(), one.tolist(), "lose tie win")):
         found = srlm.head_to_head(first, second)
-        close([found[key] for key in keys.split()], expected, 1e-6)
+        close([found[key] for key in keys.split()], expected, 1e-6, of=keys)
 
 
 @grades("head_to_head")
@@ -1854,7 +1903,7 @@ def test_head_to_head_by_hand(scores, others, expected):
     """A tie is neither won nor lost, and the shares are of all answers."""
     found = srlm.head_to_head(scores, others)
     assert sorted(found) == ["lose", "tie", "win"]
-    close([found[key] for key in ("win", "tie", "lose")], expected, 1e-6)
+    close([found[key] for key in ("win", "tie", "lose")], expected, 1e-6, of="win tie lose")
 
 
 def test_the_examples_of_the_docstrings_are_true():
