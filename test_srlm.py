@@ -3812,11 +3812,16 @@ class Messenger:
             self.report("import", ImportError(str(report.longrepr).splitlines()[-1]))
 
 
+# Half of the time of a short run of pytest goes into tracebacks, which nobody sees, and into
+# garbage collection, which looks for errors in destructors.
+QUICKLY = "-p no:cacheprovider -p no:unraisableexception -p no:threadexception --tb=no".split()
+
+
 def run_tests(path, names, report, *options):
     """Run tests of a file in this process, silently; all of its tests if no names are given."""
     tests = [f"{path}::{name}" for name in names] or [str(path)]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        pytest.main(["-p", "no:cacheprovider", *options, *tests], plugins=[Messenger(report)])
+        pytest.main([*QUICKLY, *options, *tests], plugins=[Messenger(report)])
 
 
 def run_in_process(change, path, names=()):
@@ -3844,6 +3849,7 @@ def run_in_process(change, path, names=()):
 
 
 def _work(sender, change, path, names):
+    gc.freeze()  # what the parent has imported is never garbage
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     os.environ["SRLM_PROFILE"] = "grade"  # the same examples for everyone
