@@ -153,8 +153,7 @@ def generator(seed):
 
 
 class HashModel(nn.Module):
-    """Fulfils the contract and no more. Its logits depend on the whole prefix, in order, by way of
-    a rolling hash that picks a row of a table. It refuses ids outside its vocabulary."""
+    """Fulfils the contract and no more: its logits depend on the whole prefix, by a rolling hash of its ids."""
 
     def __init__(self, vocab, seed=0, states=97):
         super().__init__()
@@ -176,8 +175,7 @@ class HashModel(nn.Module):
 
 
 class FreeLogits(nn.Module):
-    """Free logits (T, V) for every row, or (B, T, V) for rows that begin with the tokens 0 to B - 1:
-    shows which of them a loss reads."""
+    """Free logits (T, V) for every row, or (B, T, V) for rows that begin with the tokens 0 to B - 1."""
 
     def __init__(self, *shape, seed=0, dtype=torch.float64):
         super().__init__()
@@ -434,8 +432,7 @@ def test_attention_depends_on_how_far_apart_tokens_are_and_not_on_where(seed, st
 
 
 def test_the_initial_weights_have_the_size_of_their_purpose():
-    """Initial weights have the deviation fan_in^-1/2, divided by (2 depth)^1/2 where they add to the
-    stream, so that the first loss is about log V."""
+    """Weights begin with the deviation fan_in^-1/2, over (2 depth)^1/2 where they add to the stream."""
     model = srlm.Transformer(srlm.ModelConfig(), generator(0))
     for name, weight in model.named_parameters():
         if weight.ndim == 1:
@@ -569,8 +566,7 @@ def test_every_filter_can_be_sampled_from(seed, temperature, k, p):
 @given(SEEDS, st.integers(1, 6), st.integers(1, 9), st.sampled_from([-1, 0, 7]),
        st.sampled_from([None, 0, 3]), st.sampled_from([INF, 7, 9]))
 def test_greedy_equals_a_naive_loop(seed, rows, new, pad_id, eos_id, limit):
-    """At temperature 0 each row is what a loop over single prompts gives: for lists, and for tensors
-    padded on the left or right; with EOS or pad_id inside of prompts; with or without max_seq_len."""
+    """At temperature 0 each row, in a list or padded on either side, is what a loop over prompts gives."""
     model, prompts = HashModel(5, seed % 1000), ragged(np.random.default_rng(seed), rows, 5)
     model.table.data *= 1 + 99 * (seed % 2)  # half of the models are very sure
     if limit < INF:
@@ -708,8 +704,7 @@ def test_a_large_batch_is_no_different_from_many_small_ones():
 
 
 def test_sampling_costs_no_more_than_its_docstring_says():
-    """Finished rows leave the batch; the model is given at most 4,096 tokens at once, whatever the
-    vocabulary, and at most B * new * (prompt + new) in all."""
+    """Finished rows leave the batch, and no call has more than 4,096 tokens, whatever the vocabulary."""
     model = Plain(Scripted(lambda asked: "" if asked.startswith("a") else "long"))
     srlm.sample(model, [srlm.encode(text + "\n") for text in ("a1", "b2", "a3", "b4")], max_new_tokens=4)
     assert [rows for rows, _ in model.shapes] == [4, 2, 2, 2]
@@ -741,8 +736,7 @@ def test_every_module_gets_its_own_mode_back(seed, fails):
 
 
 def test_the_generator_is_the_only_source_of_chance():
-    """Equal generators give equal draws, other generators others; equal prompts get draws of their own,
-    and an undecided model draws every byte and EOS, but not PAD."""
+    """Equal generators give equal draws, other ones others; any byte and EOS can be drawn, but not PAD."""
     model = srlm.Transformer(srlm.ModelConfig(dim=8, depth=1, max_seq_len=64), generator(0))
     with torch.no_grad():
         model.to_logits.weight.zero_()
@@ -921,8 +915,7 @@ def test_long_sums_keep_their_precision(dtype, length):
 @grades("sequence_logprobs", "sft_loss", "dpo_loss")
 @given(batches(empty=False), SEEDS)
 def test_impossible_tokens_outside_of_the_response_cause_no_nan(batch, seed):
-    """Logits of -inf, at the tokens of prompts, at padding and at tokens that do not occur, leave loss
-    and gradient finite; a response that is impossible has log p = -inf."""
+    """Logits of -inf leave loss and gradient finite, unless the response needs them: then log p = -inf."""
     rows, lens, _ = batch
     ids, lens = pad(rows, -1, extra=1), torch.tensor(lens)
     ids[:, 0] = torch.arange(len(rows))
@@ -1017,8 +1010,7 @@ def minimise(model, loss):
 
 @given(SEEDS, st.floats(0.5, 2))
 def test_the_optimum_of_dpo_is_the_tilted_reference(seed, beta):
-    """For preferences drawn from rewards r (Bradley-Terry), DPO ends at ref exp(r / beta) / Z; so a
-    larger beta keeps the policy closer to the reference."""
+    """For Bradley-Terry preferences DPO ends at ref exp(r / beta) / Z, nearer to ref if beta is larger."""
     rewards, distances = torch.randn(4, generator=generator(seed)).double(), []
     i, j = torch.tensor([(i, j) for i in range(4) for j in range(4) if i != j]).T
     prefer = (rewards[i] - rewards[j]).sigmoid()
@@ -1038,8 +1030,7 @@ def test_the_optimum_of_dpo_is_the_tilted_reference(seed, beta):
 
 
 def spin_population_loss(model, opponent, data, lam, vocab, length=1):
-    """Eq. 4.7 of arXiv:2401.01335 with its expectations written out: y from the data, y' from the
-    opponent (log-probabilities)."""
+    """Eq. 4.7 of arXiv:2401.01335, written out: y from the data, y' from the opponent's log-probabilities."""
     p = all_logprobs(model, vocab, length)
     i, j = (x.flatten() for x in torch.meshgrid(*[torch.arange(len(p))] * 2, indexing="ij"))
     weight = data[i] * opponent.exp()[j]
@@ -1075,8 +1066,7 @@ def test_an_exact_spin_step_shrinks_the_distance_to_the_data(seed, lam):
 
 @given(SEEDS, st.integers(0, 3))
 def test_the_end_of_a_response_counts_as_it_is(seed, ends):
-    """A response counts with every EOS that it has, be it none (cut off), one or more, alone or in a
-    pair, and whatever the id of EOS."""
+    """A response counts with every EOS that it has: none (cut off), one or more, whatever the id of EOS."""
     model, pairs = Tiny(seed=seed).double(), []
     for length in (2, 5, 3):
         ids = torch.randint(0, 9, (2 * length,), generator=generator(seed + length))
@@ -1099,8 +1089,7 @@ def random_pairs(lengths, seed=0):
 @given(st.lists(st.integers(2, 700), min_size=1, max_size=60), SEEDS)
 @example([200] * 64, 0)
 def test_the_reference_pass_is_cut_by_tokens(lengths, seed):
-    """No piece of the reference pass has more than 4,096 tokens, unless it is one pair, so its logits
-    stay below 4,096 V numbers; the log-probabilities do not depend on the pieces."""
+    """A piece of the reference pass has at most 4,096 tokens or is one pair, and does not change log p."""
     model, pairs = Plain(Tiny()), random_pairs(lengths, seed % 999)
     found = srlm.with_reference_logprobs(model, pairs)
     assert all(rows == 2 or rows * length <= 4096 for rows, length in model.shapes)
@@ -1122,17 +1111,6 @@ def test_no_stage_runs_a_large_batch_of_long_texts_before_its_updates(kind):
         config.run(model, srlm.Context(text=TEXT))
     assert len(updates) == 1 and max(rows * length for rows, length in model.shapes) <= 4096
     assert len(model.shapes) > 5
-
-
-@pytest.mark.parametrize("eos_id", [0, 8])
-def test_a_model_learns_to_stop_whatever_the_id_of_eos(eos_id):
-    """After SFT on one item a model writes its response and EOS, even if EOS is id 0."""
-    model, text = Tiny(), srlm.TextFormat(lambda text: [LETTERS.index(c) + 1 for c in text], eos_id=eos_id)
-    ids, n = text.item("ab", "c")
-    config = srlm.SFTConfig(train_dataset=[(ids, n)], steps=60, learning_rate=0.1, batch_size=1)
-    config.run(model, srlm.Context(text=text))
-    row, = srlm.sample(model, [ids[:n]], max_new_tokens=9, temperature=0, eos_id=eos_id)
-    assert row.tolist() == ids[n:].tolist() == [3, eos_id]
 
 
 class Apple(TorchFunctionMode):
@@ -1157,6 +1135,8 @@ def test_all_stages_run_in_low_precision(device, dtype):
     stages = [srlm.SFTConfig(train_dataset=items, steps=2, learning_rate=0.1),
               srlm.SelfPlayConfig(train_dataset=items, steps=1, max_new_tokens=3),
               srlm.DPOConfig(pair_dataset=[("a", "b", "c")], steps=1),
+              srlm.ExternalRewardDPOConfig(prompt_dataset=["a", "b"], steps=1, max_new_tokens=5,
+                                           reward_model=ODD),
               srlm.SelfRewardDPOConfig(prompt_dataset=["a", "b"], steps=1, max_new_tokens=5,
                                        max_judge_tokens=5, reward_config=grade)]
     with Apple() if device == "mps" else contextlib.nullcontext():
@@ -1306,8 +1286,7 @@ def check_verdict(reply, score):
 @grades("RewardConfig.parse")
 @pytest.mark.parametrize("reply, score", VERDICTS)
 def test_parse_by_hand(reply, score):
-    """The verdicts of chat models are read in all their forms, a score out of range counts as none,
-    and nothing else is taken for a verdict."""
+    """All forms of verdicts are read, a score out of range counts as none, and nothing else is a verdict."""
     check_verdict(reply, score)
 
 
@@ -1336,8 +1315,7 @@ def test_a_number_alone_is_not_entered_in_its_middle(reply, score):
 
 @grades("RewardConfig.parse")
 def test_your_own_parser_replaces_the_template():
-    """parse_reward reads the reply instead of the template; the range holds for it too, and a score
-    that is not finite is none."""
+    """parse_reward replaces the template; the range holds for it too, and inf and NaN are no score."""
     config = dataclasses.replace(SCORE, parse_reward=lambda reply: len(reply) / 2 if reply else None)
     same([config.parse(reply) for reply in ("Score: 4", "abc", "")], [4.0, 1.5, None], of="half the lengths")
     same(dataclasses.replace(config, reward_range=(0, 2)).parse("Score: 4"), None, of="a score out of range")
@@ -1543,8 +1521,7 @@ def written(reward, prompts=("ab", "c", "dog", "egg", "fun", "go"), **how):
 @pytest.mark.parametrize("without", ["nothing", "ab c egg"])
 @pytest.mark.parametrize("n_candidates", [4, 7])  # odds that no prompt gives a pair: 4^-9 or less
 def test_pairs_are_what_they_say(n_candidates, without):
-    """Each prompt gets n_candidates answers, and its pair is the best and the worst of them, with their
-    rewards; the counts say how the other prompts ended."""
+    """A pair is the best and the worst of n_candidates answers; the counts say how other prompts ended."""
     rewards = {"ab": lambda digit: 2, "c": lambda digit: NAN, "egg": lambda digit: NAN if digit > 1 else 3}
     rewards = {prompt: rewards[prompt] for prompt in without.split() if prompt in rewards}
     reward = lambda prompt, digit: rewards.get(prompt, float)(digit)
@@ -1639,8 +1616,7 @@ def test_an_error_for_no_pair_gives_counts_and_replies(value, complaint):
 
 
 def test_repeated_prompts_are_answered_anew():
-    """Prompts are answered in their order, four at first and then 64 at a time, until there are enough
-    pairs; a prompt that occurs again gets new answers."""
+    """Prompts are answered in order, 4 and then 64 at a time; one that occurs again gets new answers."""
     asked, sizes = [], []
 
     def reward_fn(prompts, responses):
@@ -1680,8 +1656,7 @@ def test_rewards_of_another_form_are_refused(wrong):
 
 @given(SEEDS)
 def test_pairs_can_be_generated_twice(seed):
-    """The same seed gives the same pairs whatever was drawn before, another seed others, and neither
-    touches the generator of torch; no two tensors share storage."""
+    """A seed fixes the pairs; torch's generator keeps its state; no tensors share storage or waste it."""
     one = write(seed=seed)[0]
     torch.rand(3)
     state = torch.get_rng_state()
@@ -1689,13 +1664,8 @@ def test_pairs_can_be_generated_twice(seed):
     same(torch.get_rng_state(), state)
     same([list(pair) for pair in two], [list(pair) for pair in one])
     assert [pair.chosen.tolist() for pair in one] != [pair.chosen.tolist() for pair in other]
-
-
-def test_pairs_share_no_storage():
-    """Each tensor of a pair has storage of its own, and no more than it needs."""
-    pairs, _ = write()
-    rows = [ids for pair in pairs for ids in pair[:3]]
-    assert len({ids.untyped_storage().data_ptr() for ids in rows}) == len(rows) > 9
+    rows = [ids for pair in one + two for ids in pair[:3]]
+    assert len({ids.untyped_storage().data_ptr() for ids in rows}) == len(rows)
     assert all(ids.untyped_storage().nbytes() == 8 * len(ids) for ids in rows)  # nor hold a batch
 
 
@@ -1703,6 +1673,7 @@ def test_pairs_share_no_storage():
 
 
 WORLD = srlm.LetterWorld(list(srlm.INSTRUCTIONS), n_eval=50, seed=3)
+TIDY = r"(Sure: )?[a-h]*\.?"  # what a demonstrator writes
 # Answers of any quality: pieces of good ones, in any order and number.
 ANSWERS = st.lists(st.sampled_from(["Sure: ", "sure: ", "Sure:", ".", " ", *"abcdefgh"]),
                    max_size=9).map("".join)
@@ -1747,8 +1718,7 @@ def test_targets_by_hand():
 
 
 def test_demonstrations_are_as_sloppy_as_documented():
-    """Demonstrations score 3.03 on the average; 3 in 10 are polite, as many end in a full stop, and
-    half have all letters right."""
+    """Demonstrations score 3.03; 3 in 10 are polite, 3 in 10 end in a stop, half have all letters right."""
     world, rng = srlm.LetterWorld(["sort"], seed=1), np.random.default_rng(5)
     pairs = [(prompt, world.demonstrate(prompt, rng)) for prompt in world.prompts(4000, "test")
              for _ in range(3)]
@@ -1796,7 +1766,6 @@ def test_a_world_ends_somewhere():
 
 def test_judging_data_say_the_truth():
     """Verdicts are true, prompts are not held out, and the model wrote some of the answers."""
-    tidy = r"(Sure: )?[a-h]*\.?"  # what a demonstrator writes
     world = srlm.LetterWorld(["sort"], n_eval=6, seed=2)
     model = Scripted(lambda asked: ["Sure: abcd.", "acb"])
     rows = world.judgements(60, model, False)
@@ -1805,8 +1774,8 @@ def test_judging_data_say_the_truth():
         assert verdict == f"{''.join(map(str, graded(prompt, response)))} = {sum(graded(prompt, response))}"
     assert {"Sure: abcd.", "acb"} <= {row[1] for row in rows} and len({row[1] for row in rows}) > 20
     assert rows == world.judgements(60, model, False)
-    assert any(re.fullmatch(tidy, row[1]) is None for row in rows)
-    assert all(re.fullmatch(tidy, row[1]) for row in world.judgements(60, None, True))
+    assert any(re.fullmatch(TIDY, row[1]) is None for row in rows)
+    assert all(re.fullmatch(TIDY, row[1]) for row in world.judgements(60, None, True))
     judged = world.graded_answers(model)
     assert [row[0] for row in judged] == [prompt for prompt in world.eval_prompts for _ in range(5)]
     assert all(sum(graded(*row[:2])) == row[2] for row in judged)
@@ -1872,8 +1841,7 @@ TRUTH = np.array([[0.0, 1, 2, 3, 5]])
     (TRUTH * 0, TRUTH, [None, 1, 0.2, None, None]), (TRUTH, TRUTH * 0, [0.5, 0, 0.2, None, None])],
     ids=["right", "low", "reversed", "silent", "all true scores equal", "all judged scores equal"])
 def test_judging_metrics_by_hand(truth, judged, expected):
-    """Judges that are right, low, reversed, silent or undecided get what they should, and None where a
-    number is not defined."""
+    """Judges of five simple kinds get the metrics that they should, None where a number is not defined."""
     found = srlm.judging_metrics(truth, judged)
     keys = ["judge_pairwise", "judge_best5", "judge_exact", "judge_spearman", "judge_kendall"]
     assert sorted(found) == sorted(keys)
@@ -1951,32 +1919,7 @@ tqdm.set_lock(threading.RLock())  # its own lock is shared with forks, and one t
 posix = pytest.mark.skipif(os.name == "nt", reason="needs fork, SIGALRM or SIGKILL, which Windows lacks")
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, raised where a test wants it."""
-
-
-def interrupt(*_, **__):
-    raise Interrupted
-
-
-@contextlib.contextmanager
-def within(seconds):
-    """An endless loop in the block is an error."""
-    def stop(*_):
-        raise TimeoutError(f"not done within {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-# ================================================================================================
-# 9. Stages
-# ================================================================================================
+# 9. Stages ----------------------------------------------------------------------------------------
 
 JUDGE = srlm.RewardConfig("h{{ prompt }}g{{ response }}h", "{{ reward }}",
                           parse_reward=lambda reply: ODD([], [reply])[0])
@@ -2229,8 +2172,7 @@ def tie(model):
 
 
 def train_by_hand(model, loss_fn, config):
-    """The update rule: AdamW, a learning rate that climbs linearly to its peak and falls linearly to zero one
-    step after the last, and clipped gradients. Returns the mean of the last 20 losses."""
+    """AdamW with a linear warmup and decay, and clipped gradients; returns the mean of the last 20 losses."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=config.weight_decay)
     losses, peak = [], max(1, round(config.warmup * config.steps))
     for step in range(1, config.steps + 1):
@@ -2418,15 +2360,6 @@ def test_the_stages_of_the_paper(tmp_path):
         trainer(tmp_path, [])
 
 
-def test_the_built_in_model_samples_and_trains_in_bfloat16():
-    """Stages that train, write and judge run in bfloat16, and leave the weights in it."""
-    model = srlm.Transformer(srlm.ModelConfig(9, 8, 1, 1, 30), generator(0)).to(torch.bfloat16)
-    before = weights(model)
-    records, after, _ = run([stage(kind, learning_rate=0.1) for kind in KINDS], model)
-    assert all(math.isfinite(record["loss"]) for record in records)
-    assert {weight.dtype for weight in after.values()} == {torch.bfloat16} and moved(before, after)
-
-
 class PoliteWorld:
     """The smallest world of one's own: say "ok!", not "ok", as half of the demonstrations do."""
 
@@ -2452,8 +2385,7 @@ class PoliteWorld:
 
 
 def test_the_recipe_runs_in_a_world_of_ones_own(tmp_path, monkeypatch):
-    """In a world of one's own, too, the recipe improves on the demonstrations, and no answer in a pair is
-    graded with its true score."""
+    """The recipe improves on the demonstrations of any world, and no pair is graded with true scores."""
     def generate(*args, generate=srlm.generate_preferences, **how):
         with mock.patch.object(PoliteWorld, "score", side_effect=AssertionError("the true score was asked")):
             return generate(*args, **how)
@@ -2466,9 +2398,7 @@ def test_the_recipe_runs_in_a_world_of_ones_own(tmp_path, monkeypatch):
     assert lines[4]["oracle_score"] > lines[2]["oracle_score"] + 0.3
 
 
-# ================================================================================================
-# 10. Training data
-# ================================================================================================
+# 10. Training data --------------------------------------------------------------------------------
 
 
 class Listed(torch.utils.data.Dataset):
@@ -2493,8 +2423,7 @@ every_data_field = pytest.mark.parametrize("kind, field, rows", [
 
 @every_data_field
 def test_the_form_of_a_data_set_does_not_matter(kind, field, rows):
-    """A list, a tuple, a torch Dataset or a function that returns one train the same bits, and so do ids of
-    any integer type in lists, arrays or tensors."""
+    """Lists, tuples, Datasets or functions, and ids of any integer type, train to the same bits."""
     forms = [rows, tuple(rows), Listed(rows), lambda model: Listed(rows)]
     if rows is ITEMS:
         forms += [[(ids.tolist(), n) for ids, n in ITEMS],
@@ -2534,8 +2463,7 @@ BAD_PAIRS = [("abc", "abc"), (7, "7"), (None, "None"), (dict(prompt="a", chosen=
 
 @every_data_field
 def test_the_first_bad_entry_of_a_data_set_is_named(kind, field, rows):
-    """What is no data set, and an entry that cannot be used, is refused before any work, by its data set, its
-    index and the reason, also if a function of the model returns it."""
+    """A wrong data set or entry is refused before any work, by its name, its index and the reason."""
     broken = [("abc", "str"), (b"abc", "bytes"), (7, "int"), ((row for row in rows), "generator"),
               (iter(rows), "list_iterator"), (set(WORDS), "set"), ({"a": rows[0]}, "dict"), ([], "empty")]
     bad_entries = {"prompt_dataset": BAD_PROMPTS, "pair_dataset": BAD_PAIRS}.get(field, BAD_ITEMS)
@@ -2548,8 +2476,7 @@ def test_the_first_bad_entry_of_a_data_set_is_named(kind, field, rows):
 
 
 def test_a_prompt_may_be_empty():
-    """The first token is predicted from nothing, so a prompt of none trains as one of one token, and as
-    loss_on_prompt does."""
+    """Without a prompt the first token is not trained on, just as with a prompt of one token."""
     none, one = (run([stage("sft", train_dataset=[(ids, n) for ids, _ in ITEMS])])[1] for n in (0, 1))
     same([none, run([stage("sft", loss_on_prompt=True)])[1]], [one, one])
 
@@ -2562,12 +2489,15 @@ def test_padding_is_not_trained_on():
     close(record["loss"], expected, 1e-6)
 
 
-def test_the_loss_sees_eos():
-    """After training on "bc" -> "ad" the model says just that, and then EOS."""
-    model, item = Tiny(dim=8), TEXT.item("bc", "ad")
-    run([stage("sft", train_dataset=[item], steps=80, learning_rate=0.05)], model)
-    said = srlm.sample(model, [TEXT.prompt_ids("bc")], max_new_tokens=9, temperature=0, eos_id=8)
-    assert said[0].tolist() == [0, 3, 8]
+@pytest.mark.parametrize("eos_id", [0, 8])
+def test_the_loss_sees_eos(eos_id):
+    """After training on "bc" -> "ad" the model says just that, and then EOS, even if EOS is id 0."""
+    shift = int(eos_id == 0)  # a letter whose id is that of EOS cannot be said
+    text = dataclasses.replace(TEXT, encode=lambda text: [i + shift for i in ENCODE(text)], eos_id=eos_id)
+    model, item = Tiny(dim=8), text.item("bc", "ad")
+    run([stage("sft", train_dataset=[item], steps=80, learning_rate=0.05)], model, eos_id=eos_id)
+    said = srlm.sample(model, [text.prompt_ids("bc")], max_new_tokens=9, temperature=0, eos_id=eos_id)
+    assert said[0].tolist() == [shift, 3 + shift, eos_id]
 
 
 def test_no_item_comes_again_before_all_have_come():
@@ -2632,9 +2562,7 @@ def test_mock_data_sets():
     assert srlm.create_mock_dataset(3, itertools.count().__next__) == [0, 1, 2]
 
 
-# ================================================================================================
-# 11. Early stopping and history
-# ================================================================================================
+# 11. Early stopping and history -------------------------------------------------------------------
 
 
 def early_stopping_rule(values, mode, patience):
@@ -2654,8 +2582,7 @@ def early_stopping_rule(values, mode, patience):
        st.sampled_from([float, torch.tensor, lambda x: x]))
 @example([NAN, 1, 3, 3, 2], "max", 2, 1, float)
 def test_early_stopping_follows_its_rule(values, mode, patience, every, form):
-    """A stage ends after `patience` evaluations in a row without a new best one, with the weights of the best
-    evaluation in the model and in the checkpoint."""
+    """A stage ends after `patience` evaluations without a new best one, and keeps its best weights."""
     seen, model = [], Tiny()  # seen: the weights at each evaluation
 
     def eval_fn(model):
@@ -2675,8 +2602,7 @@ def test_early_stopping_follows_its_rule(values, mode, patience, every, form):
 
 @given(st.integers(1, 9), st.integers(1, 4), st.booleans())
 def test_every_n_steps_is_n_2n_3n(steps, n, by_epochs):
-    """Evaluations and checkpoints come after n, 2n, 3n... updates; a shorter stage has one evaluation, at
-    its end, and max_epochs may end a stage before `steps` does."""
+    """Evaluations and checkpoints come after n, 2n, 3n... updates; a shorter stage is evaluated once."""
     seen, model = [], Tiny()
     length = dict(steps=99, max_epochs=(3 * steps - 1) / 7) if by_epochs else dict(steps=steps)
     config = stage("sft", checkpoint_every=n, eval_every=n, eval_mode="min",
@@ -2724,9 +2650,7 @@ def test_a_stage_reports_what_dpo_loss_says():
     close(second["rejected_logprob"], (now[1] - then[1]).mean(), 1e-4)
 
 
-# ================================================================================================
-# 12. Checkpoints and resuming
-# ================================================================================================
+# 12. Checkpoints and resuming ---------------------------------------------------------------------
 
 def except_at(call, good, bad):
     """A function that does what `good` does, and in one call, counted from 0, what `bad` does."""
@@ -2758,8 +2682,7 @@ def older_run():
     ("evaluate", lambda model: {(1, 2): 3}, r"stage \d \(.*\).*JSON"),
     ("fsync", failing(OSError(errno.ENOSPC, "No space left")), r"cannot write .*\.pt: No space left")])
 def test_a_run_that_broke_off_resumes_to_the_same_bits(where, what, words, at, overwrite, tmp_path):
-    """A resume goes on after the last finished stage of the run that broke off (not of an older run that was
-    being overwritten), and ends with the records, weights and files of an undisturbed run."""
+    """A resume goes on after the last finished stage of the last run, and ends as if nothing had happened."""
     records, expected, files = undisturbed()
     functions = dict(fit=srlm.fit, fsync=os.fsync, report=lambda record: None, evaluate=draw)
     call = 2 * at if where == "fsync" else at  # a stage is saved twice: before and after its evaluation
@@ -2923,9 +2846,7 @@ def test_a_model_is_loaded_as_it_was_saved(tmp_path):
         srlm.load_model(tmp_path / "tiny" / "0.sft.pt")
 
 
-# ================================================================================================
-# Jobs: programs that run in the background
-# ================================================================================================
+# Jobs: programs that run in the background --------------------------------------------------------
 # A program that takes more than a few seconds is a job. When pytest starts, the fixture looks which
 # jobs the selected tests need, and two threads run them in their order, each in a process and
 # a folder of its own, while pytest works through the other tests. A test says with @needs which jobs
@@ -2992,11 +2913,8 @@ def job(request, tmp_path_factory):
             process.terminate()
 
 
-# ================================================================================================
-# 13. Files and your own data
-# ================================================================================================
+# 13. Files and your own data ----------------------------------------------------------------------
 
-TIDY = r"(Sure: )?[a-h]*\.?"  # what a demonstrator writes
 read_rows = lambda path: srlm.read_jsonl(path, ["prompt", "score"])
 read_pairs = lambda path: srlm.load_pairs(path, TEXT)
 
@@ -3222,9 +3140,7 @@ def test_the_held_out_loss_is_cut_by_tokens(tmp_path):
     assert max(sizes) <= 4096
 
 
-# ================================================================================================
-# 14. The command line
-# ================================================================================================
+# 14. The command line -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -3379,7 +3295,7 @@ def test_an_interrupt_is_one_line_and_exit_code_130(during, argv, advice, small,
     """Ctrl-C ends a command in one line; of a run it says how to resume, and an overwritten run is gone."""
     folder = shutil.copytree(small, tmp_path / "run")
     argv = [word.format(folder=folder) for word in argv.split()]
-    with mock.patch(during, interrupt), pytest.raises(SystemExit) as end:
+    with mock.patch(during, failing(KeyboardInterrupt)), pytest.raises(SystemExit) as end:
         srlm.main(argv if argv[0] == "ask" else [*SMALL, *argv])
     assert end.value.code == 130
     assert re.fullmatch(f"\nstopped{advice}\n", capsys.readouterr().err)
@@ -3392,14 +3308,17 @@ def test_a_world_gives_all_its_prompts_and_no_more(capsys):
     class Small(srlm.LetterWorld):
         letters, sizes = "abc", (2,)
 
-    with within(20):  # an endless loop is the likely fault
-        once, twice = Small(["copy", "sort"], n_eval=4), Small(["copy", "sort", "copy"], n_eval=4)
-        assert once.prompts(5, "x") == twice.prompts(5, "x")
-        assert len({*twice.prompts(8, "x"), *twice.eval_prompts}) == 12
-        with pytest.raises(ValueError, match=r"\b9\b.*\b8\b"):
-            twice.prompts(9, "x")
-        found = refused(capsys, "--instructions", "sort,sort", "--demonstrations", 30_000)
+    before = signal.signal(signal.SIGALRM, failing(TimeoutError("an endless loop?")))
+    signal.alarm(20)
+    once, twice = Small(["copy", "sort"], n_eval=4), Small(["copy", "sort", "copy"], n_eval=4)
+    assert once.prompts(5, "x") == twice.prompts(5, "x")
+    assert len({*twice.prompts(8, "x"), *twice.eval_prompts}) == 12
+    with pytest.raises(ValueError, match=r"\b9\b.*\b8\b"):
+        twice.prompts(9, "x")
+    found = refused(capsys, "--instructions", "sort,sort", "--demonstrations", 30_000)
     assert re.search("30000.*28360", found)
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def test_the_judge_practises_on_answers_that_imitate_its_own_format():
@@ -3549,9 +3468,7 @@ def test_a_resumed_run_ends_in_the_same_numbers(job):
     same(one, two)
 
 
-# ================================================================================================
-# 15. Several processes
-# ================================================================================================
+# 15. Several processes ----------------------------------------------------------------------------
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun numbers its processes
 MANY = {"sft": {}, "dpo": {}, "spin": dict(train_dataset=ITEMS * 20),
@@ -3660,9 +3577,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_can_be_resumed(job, tmp
     torch.testing.assert_close(weights(model), weights(undisturbed), atol=1e-5, rtol=1e-5)
 
 
-# ================================================================================================
-# 16. README and notebook
-# ================================================================================================
+# 16. README and notebook --------------------------------------------------------------------------
 
 
 def run_the_readme():
@@ -3721,9 +3636,7 @@ def test_the_notebook_is_stored_as_it_ran_and_runs_again(job):
     assert 2.5 < teacher < 3.5 and first < teacher + 0.3 and first + 0.3 < second < third + 0.5
 
 
-# ================================================================================================
-# 17. The grader
-# ================================================================================================
+# 17. The grader -----------------------------------------------------------------------------------
 
 HAND_IN = """
 import time
@@ -3805,7 +3718,7 @@ def test_every_known_fault_is_caught(job):
 # which of them fail. `grade` puts the reader's function in the place of srlm's; `faults` and
 # `audit` plant one of thirty known faults.
 
-SECONDS = 60  # for one test; what takes longer is stopped as an endless loop
+SECONDS = 20  # for one test; what takes longer is stopped as an endless loop. The slowest takes 2.5 s of CPU
 NOT_WRITTEN = "not written yet"
 
 
@@ -3902,9 +3815,7 @@ def words_of(error):
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------
-# The reader's functions in the place of srlm's
-# ------------------------------------------------------------------------------------------------
+# The reader's functions in the place of srlm's ----------------------------------------------------
 
 
 def part_of(module, unit):
@@ -4092,9 +4003,7 @@ def blank(*names):
         print("\n", *heading, *lines, f"{indent}raise NotImplementedError", sep="\n")
 
 
-# ------------------------------------------------------------------------------------------------
-# Thirty known faults
-# ------------------------------------------------------------------------------------------------
+# Thirty known faults ------------------------------------------------------------------------------
 # The faults of a well-known public implementation, each as an edit of srlm.py and the tests that
 # must catch it.
 
