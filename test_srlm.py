@@ -105,7 +105,7 @@ def shown(x):
     return "" if x is MISSING else f"{x:.6g}" if isinstance(x, float) else repr(x)[:70]
 
 
-def alike(a, b, tolerance):
+def equal_rows(a, b, tolerance):
     """Are two rows equal up to the tolerance, NaN equal to NaN?"""
     try:
         return np.shape(a) == np.shape(b) and np.allclose(a, b, tolerance, tolerance, equal_nan=True)
@@ -117,11 +117,11 @@ def compared(found, expected, of="", tolerance=0.0):
     """What was compared, the rows that differ in two columns, and a hint for the first of them."""
     yours, mine = ([x] if not isinstance(x, list) else x for x in map(plain, (found, expected)))
     rows = list(itertools.zip_longest(mine, yours, fillvalue=MISSING))
-    differ = [i for i, row in enumerate(rows) if not alike(*row, tolerance)]
+    differ = [i for i, row in enumerate(rows) if not equal_rows(*row, tolerance)]
     columns = [("expected", "yours"), *(tuple(map(shown, rows[i])) for i in differ[:5])]
     width = max(12, *(len(a) for a, _ in columns))
     table = [f"{a:>{width}} | {b}" for a, b in columns]
-    words = [f"{len(differ)} of {len(rows)} rows differ"] if len(rows) >= len(table) else []
+    words = [f"{len(differ)} of {len(rows)} rows differ"] if differ and len(rows) >= len(table) else []
     if not isinstance(expected, list):
         words += [hint(found, expected)]
     elif differ and differ[0] < min(len(mine), len(yours)):
@@ -143,7 +143,8 @@ def same(found, expected, of=""):
         torch.testing.assert_close(found, expected, atol=0, rtol=0, equal_nan=True)
     except AssertionError as error:
         looks_equal = plain(found) == plain(expected)  # as where only the dtype differs
-        raise AssertionError(f"{of}: {error}" if looks_equal else compared(found, expected, of)) from None
+        words = f"{of or 'the dtype or shape'}: {error}" if looks_equal else compared(found, expected, of)
+        raise AssertionError(words) from None
     except TypeError:  # texts, which assert_close does not take
         assert found == expected, compared(found, expected, of)
 
