@@ -24,6 +24,7 @@ import re
 import time
 import types
 from collections import defaultdict
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -64,9 +65,11 @@ def grades(*units):
 
 
 def plain(x):
-    """Tensors and arrays, alone or in lists, as Python numbers."""
+    """Tensors and arrays, alone or in lists, as Python numbers; a dict as a list of texts."""
     if isinstance(x, (list, tuple)):
         return [plain(y) for y in x]
+    if isinstance(x, dict):
+        return [f"{key}: {plain(value)}" for key, value in x.items()]
     return x.tolist() if hasattr(x, "tolist") else x
 
 
@@ -95,34 +98,55 @@ def hint(found, expected):
     return ""
 
 
-def compared(found, expected):
-    """Both in two columns, row by row, and a hint for the first row that differs."""
+def shown(x):
+    """A row in six digits and at most 70 characters; nothing where one column is shorter."""
+    if isinstance(x, list):
+        return f"[{', '.join(map(shown, x))}]"[:70]
+    return "" if x is MISSING else f"{x:.6g}" if isinstance(x, float) else repr(x)[:70]
+
+
+def equal_rows(a, b, tolerance):
+    """Are two rows equal up to the tolerance, NaN equal to NaN?"""
+    try:
+        return np.shape(a) == np.shape(b) and np.allclose(a, b, tolerance, tolerance, equal_nan=True)
+    except (TypeError, ValueError):  # texts, None, or rows of unequal lengths
+        return a == b
+
+
+def compared(found, expected, of="", tolerance=0.0):
+    """What was compared, the rows that differ in two columns, and a hint for the first of them."""
     yours, mine = ([x] if not isinstance(x, list) else x for x in map(plain, (found, expected)))
-    shown = lambda x: "" if x is MISSING else f"{x:.6g}" if isinstance(x, float) else repr(x)[:50]
-    both = itertools.zip_longest(mine, yours, fillvalue=MISSING)
-    table = [f"{shown(a):>12} | {shown(b)}" for a, b in both]
-    rows = zip(found, expected) if isinstance(expected, list) else [(found, expected)]
-    hints = [hint(*row) for row in rows if plain(row[0]) != plain(row[1])]
-    return "\n".join([f"{'expected':>12} | yours", *table[:20], *filter(None, hints[:1])])
+    rows = list(itertools.zip_longest(mine, yours, fillvalue=MISSING))
+    differ = [i for i, row in enumerate(rows) if not equal_rows(*row, tolerance)]
+    columns = [("expected", "yours"), *(tuple(map(shown, rows[i])) for i in differ[:5])]
+    width = max(12, *(len(a) for a, _ in columns))
+    table = [f"{a:>{width}} | {b}" for a, b in columns]
+    words = [f"{len(differ)} of {len(rows)} rows differ"] if differ and len(rows) >= len(table) else []
+    if not isinstance(expected, list):
+        words += [hint(found, expected)]
+    elif differ and differ[0] < min(len(mine), len(yours)):
+        words += [hint(found[differ[0]], expected[differ[0]])]
+    return "\n".join([f"{of}:"] * (of != "") + table + list(filter(None, words)))
 
 
-def close(found, expected, tolerance=1e-9):
-    """Asserts equality up to an absolute and relative tolerance, NaN equal to NaN."""
+def close(found, expected, tolerance=1e-9, of=""):
+    """Asserts equality up to an absolute and relative tolerance, NaN equal to NaN. A failure shows `of`."""
     found, expected = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (found, expected))
     is_close = found.shape == expected.shape and torch.allclose(
         found, expected, tolerance, tolerance, equal_nan=True)
-    assert is_close, compared(found, expected)
+    assert is_close, compared(found, expected, of, tolerance)
 
 
-def same(found, expected):
+def same(found, expected, of=""):
     """Asserts equality bit for bit of texts, numbers, tensors, or lists or dicts of them."""
     try:
         torch.testing.assert_close(found, expected, atol=0, rtol=0, equal_nan=True)
     except AssertionError as error:
         looks_equal = plain(found) == plain(expected)  # as where only the dtype differs
-        raise AssertionError(str(error) if looks_equal else compared(found, expected)) from None
+        words = f"{of or 'the dtype or shape'}: {error}" if looks_equal else compared(found, expected, of)
+        raise AssertionError(words) from None
     except TypeError:  # texts, which assert_close does not take
-        assert found == expected, compared(found, expected)
+        assert found == expected, compared(found, expected, of)
 
 
 def generator(seed):
@@ -130,14 +154,16 @@ def generator(seed):
 
 
 class HashModel(nn.Module):
-    """Fulfils the contract and no more. Its logits depend on the whole prefix, in order, by way of
-    a rolling hash that picks a row of a table. It refuses ids outside its vocabulary."""
+    """Fulfils the contract and no more: its logits depend on the whole prefix, by a rolling hash of its ids."""
 
     def __init__(self, vocab, seed=0, states=97):
         super().__init__()
-        self.vocab, self.states = vocab, states
+        self.vocab, self.seed, self.states = vocab, seed, states
         table = torch.randn(states, vocab, generator=generator(seed), dtype=torch.float64)
         self.table = nn.Parameter(2 * table)
+
+    def __repr__(self):
+        return f"HashModel({self.vocab}, seed={self.seed})"
 
     def forward(self, ids):
         assert 0 <= ids.min() and ids.max() < self.vocab, "padding reached the model"
@@ -150,8 +176,7 @@ class HashModel(nn.Module):
 
 
 class FreeLogits(nn.Module):
-    """Free logits (T, V) for every row, or (B, T, V) for rows that begin with the tokens 0 to B - 1:
-    shows which of them a loss reads."""
+    """Free logits (T, V) for every row, or (B, T, V) for rows that begin with the tokens 0 to B - 1."""
 
     def __init__(self, *shape, seed=0, dtype=torch.float64):
         super().__init__()
@@ -179,15 +204,18 @@ class Tiny(nn.Module):
         return self.to_logits(torch.tanh(x + past))
 
 
-class Plain(nn.Module):
-    """The contract without its extras, around any model; remembers the shapes that it is called with."""
+class Watched(nn.Module):
+    """The contract without its extras, around any model. Remembers of each call its shape and its mode
+    (training? gradients?), and the rows of the calls with gradients."""
 
     def __init__(self, model):
         super().__init__()
-        self.model, self.shapes = model, []
+        self.model, self.shapes, self.modes, self.trained = model, [], [], []
 
     def forward(self, ids):
         self.shapes.append(tuple(ids.shape))
+        self.modes.append((self.training, torch.is_grad_enabled()))
+        self.trained += ids.tolist() if torch.is_grad_enabled() else []
         return self.model(ids)
 
 
@@ -277,8 +305,8 @@ def write(model=None, prompts=WORDS, reward_fn=ODD, **how):
 @example("abé")
 def test_decode_inverts_encode_and_no_text_encodes_to_a_special_id(text):
     """The ids of a text are its UTF-8 bytes, none of them special, and decoding gives the text back."""
-    same(srlm.encode(text), list(text.encode()))
-    same(srlm.decode(list(text.encode())), text)
+    same(srlm.encode(text), list(text.encode()), of="the ids of the text")
+    same(srlm.decode(list(text.encode())), text, of="the text of its UTF-8 bytes")
 
 
 @grades("encode")
@@ -314,11 +342,6 @@ def test_items_are_prompt_response_and_eos():
     endless = dataclasses.replace(TEXT, eos_id=None)
     assert endless.item("bc", "ad")[0].tolist() == [6, 1, 2, 7, 0, 3]
     same(srlm.TextFormat().prompt_ids("ab"), torch.tensor([97, 98]))  # by default there is no template
-    for template in ("no variable", "{{ prompt }} {{ x }}"):
-        with pytest.raises(ValueError, match="chat_template"):
-            srlm.TextFormat(chat_template=template)
-    with pytest.raises(ValueError, match="prompt must be a str, not a Tensor"):
-        TEXT.prompt_ids(torch.tensor([1, 2]))
 
 
 PAD_LIKE = st.text(alphabet=["a", *map(chr, (0, srlm.EOS, 257))], max_size=5)
@@ -408,8 +431,7 @@ def test_attention_depends_on_how_far_apart_tokens_are_and_not_on_where(seed, st
 
 
 def test_the_initial_weights_have_the_size_of_their_purpose():
-    """Initial weights have the deviation fan_in^-1/2, divided by (2 depth)^1/2 where they add to the
-    stream, so that the first loss is about log V."""
+    """Weights begin with the deviation fan_in^-1/2, over (2 depth)^1/2 where they add to the stream."""
     model = srlm.Transformer(srlm.ModelConfig(), generator(0))
     for name, weight in model.named_parameters():
         if weight.ndim == 1:
@@ -443,16 +465,8 @@ def test_next_token_logits_is_forward_at_the_last_token(seed, depth, rows, tempe
     found = model.next_token_logits(pad(prompts, int(rng.integers(11)), extra=1), lengths)
     close(found, torch.stack([model(row[None])[0, -1] for row in prompts]))
     how = dict(max_new_tokens=5, temperature=temperature, eos_id=3)
-    same(srlm.sample(Plain(model), prompts, generator=generator(seed), **how),
+    same(srlm.sample(Watched(model), prompts, generator=generator(seed), **how),
          srlm.sample(model, prompts, generator=generator(seed), **how))
-
-
-def test_a_wrong_shape_names_both_numbers():
-    """Too long a row, and a width that rotary positions cannot use, are refused with both numbers."""
-    with pytest.raises(ValueError, match="13.*12"):
-        transformer(0)(torch.zeros(1, 13, dtype=torch.long))
-    with pytest.raises(ValueError, match="dim=10.*4"):
-        srlm.ModelConfig(dim=10, heads=2)
 
 
 # 3. Sampling --------------------------------------------------------------------------------------
@@ -461,10 +475,9 @@ def test_a_wrong_shape_names_both_numbers():
 @grades("top_k")
 @given(SEEDS, st.integers(1, 4), st.integers(1, 9), st.integers(1, 9))
 def test_top_k(seed, rows, vocab, k):
-    """A logit is kept if and only if fewer than k of its row are larger; so ties with the k-th stay."""
+    """A logit is kept if and only if fewer than k of its row are larger; so ties stay, and k may exceed V."""
     rng = np.random.default_rng(seed)
     logits = torch.from_numpy(rng.integers(-3, 3, size=(rows, vocab)).astype(float))
-    k = min(k, vocab)
     expected = [[x if sum(y > x for y in row) < k else -INF for x in row] for row in logits.tolist()]
     close(srlm.top_k(logits, k), expected)
 
@@ -491,8 +504,8 @@ def test_top_p(seed, rows, vocab, p):
 def test_top_p_of_1_keeps_unlikely_tokens(seed):
     """p=1 keeps every token, also those so unlikely that the sum of all others rounds to 1."""
     logits = 9 * torch.randn(1, 200, generator=generator(seed))
-    close(srlm.top_p(logits, 1), logits)
-    close(srlm.top_p(logits, 1.0), logits)
+    close(srlm.top_p(logits, 1), logits, of="top_p(logits, 1)")
+    close(srlm.top_p(logits, 1.0), logits, of="top_p(logits, 1.0)")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -512,14 +525,6 @@ def test_filters_refuse_what_makes_no_sense(name, value):
     """k below 1 and p outside of 0 to 1 are a ValueError."""
     with pytest.raises(ValueError):
         getattr(srlm, name)(torch.zeros(1, 3), value)
-
-
-def test_the_edges_of_the_filters():
-    """k above the size of the vocabulary keeps all; k = 0 and p = NaN are refused by name."""
-    same(srlm.top_k(torch.arange(3.0)[None], 9), torch.arange(3.0)[None])
-    for name, value in (("top_k", 0), ("top_p", 2), ("top_p", NAN)):
-        with pytest.raises(ValueError, match=name):
-            getattr(srlm, name)(torch.zeros(1, 3), value)
 
 
 @grades("top_k", "top_p", "sample")
@@ -543,8 +548,7 @@ def test_every_filter_can_be_sampled_from(seed, temperature, k, p):
 @given(SEEDS, st.integers(1, 6), st.integers(1, 9), st.sampled_from([-1, 0, 7]),
        st.sampled_from([None, 0, 3]), st.sampled_from([INF, 7, 9]))
 def test_greedy_equals_a_naive_loop(seed, rows, new, pad_id, eos_id, limit):
-    """At temperature 0 each row is what a loop over single prompts gives: for lists, and for tensors
-    padded on the left or right; with EOS or pad_id inside of prompts; with or without max_seq_len."""
+    """At temperature 0 each row, in a list or padded on either side, is what a loop over prompts gives."""
     model, prompts = HashModel(5, seed % 1000), ragged(np.random.default_rng(seed), rows, 5)
     model.table.data *= 1 + 99 * (seed % 2)  # half of the models are very sure
     if limit < INF:
@@ -552,11 +556,13 @@ def test_greedy_equals_a_naive_loop(seed, rows, new, pad_id, eos_id, limit):
     inside = [row.clone() for row in prompts]  # no pad_id at the ends, where it would be padding
     for row in inside:
         row[[0, -1]] = row[[0, -1]].clamp(min=1)
-    for form, prompt_rows in ((prompts, prompts), ([row.tolist() for row in prompts], prompts),
-                              (pad(inside, pad_id, extra=2), inside),
-                              (pad(inside, pad_id, left=True, extra=2), inside)):
+    for form, of, prompt_rows in (
+            (prompts, "prompts as a list of tensors", prompts),
+            ([row.tolist() for row in prompts], "prompts as lists", prompts),
+            (pad(inside, pad_id, extra=2), "prompts padded on the right", inside),
+            (pad(inside, pad_id, left=True, extra=2), "prompts padded on the left", inside)):
         found = srlm.sample(model, form, max_new_tokens=new, temperature=0, eos_id=eos_id, pad_id=pad_id)
-        same(found, [naive_greedy(model, row, new, eos_id, limit) for row in prompt_rows])
+        same(found, [naive_greedy(model, row, new, eos_id, limit) for row in prompt_rows], of)
 
 
 @grades("sample")
@@ -573,8 +579,8 @@ def test_a_draw_does_not_depend_on_the_rest_of_its_batch(seed, rows, new, temper
                            generator=generator(seed))[i]
 
     before = draw(prompts)
-    same(draw([*others[:i], prompts[i], *others[i + 1:]]), before)
-    same(draw([prompts[i]] * rows), before)
+    same(draw([*others[:i], prompts[i], *others[i + 1:]]), before, of=f"row {i} beside other rows")
+    same(draw([prompts[i]] * rows), before, of=f"row {i} beside rows that are equal to it")
 
 
 @grades("sample")
@@ -641,20 +647,6 @@ def test_what_cannot_be_sampled_is_refused(prompts, how, logit, temperature):
         srlm.sample(model, prompts, max_new_tokens=3, temperature=temperature, **how)
 
 
-@pytest.mark.parametrize("prompts, how, complaint", [
-    *REFUSED, ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
-    ([[1]], {"temperature": -1.0}, "temperature"),
-    ([[1]], {"logit_filter": lambda x: x * NAN}, "token 0"),
-    ([[1]], {"logit_filter": lambda x: x - INF}, "token 0")])
-def test_an_error_of_sampling_says_what_is_wrong(prompts, how, complaint):
-    """An error names the prompt, the setting or the token, with its numbers; no prompts are no error."""
-    model = HashModel(5)
-    model.max_seq_len = 6
-    with pytest.raises(ValueError, match=complaint):
-        srlm.sample(model, prompts, **{"max_new_tokens": 3, **how})
-    assert srlm.sample(model, [], max_new_tokens=1) == []
-
-
 @grades("sample")
 def test_at_temperature_0_the_filter_counts_too():
     """The most likely token is the likeliest of those that the filter keeps."""
@@ -677,15 +669,15 @@ def test_a_large_batch_is_no_different_from_many_small_ones():
     model, prompts = HashModel(5, 1), ragged(np.random.default_rng(0), 700, 5, high=20)
     how = dict(max_new_tokens=2, temperature=0, eos_id=None)
     same(srlm.sample(model, prompts, **how), [srlm.sample(model, [row], **how)[0] for row in prompts])
+    same(srlm.sample(model, [], **how), [])
 
 
 def test_sampling_costs_no_more_than_its_docstring_says():
-    """Finished rows leave the batch; the model is given at most 4,096 tokens at once, whatever the
-    vocabulary, and at most B * new * (prompt + new) in all."""
-    model = Plain(Scripted(lambda asked: "" if asked.startswith("a") else "long"))
+    """Finished rows leave the batch, and no call has more than 4,096 tokens, whatever the vocabulary."""
+    model = Watched(Scripted(lambda asked: "" if asked.startswith("a") else "long"))
     srlm.sample(model, [srlm.encode(text + "\n") for text in ("a1", "b2", "a3", "b4")], max_new_tokens=4)
     assert [rows for rows, _ in model.shapes] == [4, 2, 2, 2]
-    model = Plain(FreeLogits(203, 50_000, dtype=torch.bfloat16))
+    model = Watched(FreeLogits(203, 50_000, dtype=torch.bfloat16))
     prompts = [torch.cat((torch.tensor([i]), torch.zeros(199, dtype=torch.long))) for i in range(50)]
     srlm.sample(model, prompts, max_new_tokens=3, eos_id=None)
     sizes = [rows * length for rows, length in model.shapes]
@@ -713,8 +705,7 @@ def test_every_module_gets_its_own_mode_back(seed, fails):
 
 
 def test_the_generator_is_the_only_source_of_chance():
-    """Equal generators give equal draws, other generators others; equal prompts get draws of their own,
-    and an undecided model draws every byte and EOS, but not PAD."""
+    """Equal generators give equal draws, other ones others; any byte and EOS can be drawn, but not PAD."""
     model = srlm.Transformer(srlm.ModelConfig(dim=8, depth=1, max_seq_len=64), generator(0))
     with torch.no_grad():
         model.to_logits.weight.zero_()
@@ -739,16 +730,36 @@ def test_the_ends_of_the_noise_draw_what_the_filter_leaves(noise, token, monkeyp
 # 4. Log-probabilities and losses ------------------------------------------------------------------
 
 
+class Batch(NamedTuple):
+    rows: list
+    prompt_lens: list
+    model: HashModel
+
+    def __repr__(self):
+        return f"Batch(rows={plain(self.rows)}, prompt_lens={self.prompt_lens}, model={self.model})"
+
+
 @st.composite
 def batches(draw, vocab=4, empty=True):
     """Ragged rows, prompt lengths, and a model; with empty=False each row has a response."""
     rng = np.random.default_rng(seed := draw(SEEDS))
     rows = ragged(rng, draw(st.integers(1, 5)), vocab, low=2, high=7)
     lens = [int(rng.integers(0 if empty else 1, len(row) + empty)) for row in rows]
-    return rows, lens, HashModel(vocab, seed % 1000)
+    return Batch(rows, lens, HashModel(vocab, seed % 1000))
 
 
 OUTSIDE = st.sampled_from([-1, 4, 257])  # values of pad_id that are no token of a vocabulary of 4
+
+
+@grades("response_mask")
+@given(batches(), OUTSIDE, st.integers(0, 2))
+@example(Batch([torch.tensor([1, 2, 3, 0]), torch.tensor([1, 2])], [2, 1], HashModel(4)), -1, 1)
+def test_response_mask(batch, pad_id, extra):
+    """Entry t is True if and only if token t + 1 is neither prompt nor padding."""
+    rows, lens, _ = batch
+    ids = pad(rows, pad_id, extra=extra)
+    expected = [[n <= t + 1 < len(row) for t in range(ids.shape[1] - 1)] for row, n in zip(rows, lens)]
+    same(srlm.response_mask(ids, torch.tensor(lens), pad_id), torch.tensor(expected))
 
 
 @grades("sequence_logprobs", "token_logprobs", "response_mask")
@@ -766,9 +777,10 @@ def test_token_logprobs_are_log_softmax_of_the_token_before(batch, pad_id):
     """Entry t is log p of token t + 1, read from the logits at position t."""
     rows, _, model = batch
     found = srlm.token_logprobs(model, pad(rows, pad_id, extra=1), pad_id)
-    close(found.shape, [len(rows), max(map(len, rows))])
-    for row, of_row in zip(rows, found):
-        close(of_row[: len(row) - 1], [logp(model, row[: t + 1], t) for t in range(1, len(row))], 1e-5)
+    close(found.shape, [len(rows), max(map(len, rows))], of="the shape")
+    for i, (row, of_row) in enumerate(zip(rows, found)):
+        expected = [logp(model, row[: t + 1], t) for t in range(1, len(row))]
+        close(of_row[: len(row) - 1], expected, 1e-5, of=f"row {i}")
 
 
 @grades("sequence_logprobs", "token_logprobs")
@@ -780,9 +792,9 @@ def test_probabilities_of_all_responses_sum_to_one(seed, length, prompt_len, pad
     ids = torch.tensor([prompt + list(y) + [9] * padding
                         for y in itertools.product(range(3), repeat=length)])
     found = srlm.sequence_logprobs(model, ids, torch.full((len(ids),), prompt_len), pad_id=9)
-    close(found.exp().sum(), 1.0, 1e-5)
+    close(found.exp().sum(), 1.0, 1e-5, of="the sum over sequence_logprobs")
     tokens = srlm.token_logprobs(model, ids, pad_id=9)[:, prompt_len - 1 : prompt_len - 1 + length]
-    close(tokens.sum(1).exp().sum(), 1.0, 1e-5)
+    close(tokens.sum(1).exp().sum(), 1.0, 1e-5, of="the sum over token_logprobs")
 
 
 @grades("sequence_logprobs")
@@ -799,16 +811,6 @@ def test_log_probability_of_a_concatenation_is_the_sum(batch, seed):
     close(first + second, whole, 1e-5)
 
 
-@grades("response_mask")
-@given(batches(), OUTSIDE, st.integers(0, 2))
-def test_response_mask(batch, pad_id, extra):
-    """Entry t is True if and only if token t + 1 is neither prompt nor padding."""
-    rows, lens, _ = batch
-    ids = pad(rows, pad_id, extra=extra)
-    expected = [[n <= t + 1 < len(row) for t in range(ids.shape[1] - 1)] for row, n in zip(rows, lens)]
-    same(srlm.response_mask(ids, torch.tensor(lens), pad_id), torch.tensor(expected))
-
-
 @grades("response_mask", "sequence_logprobs", "token_logprobs")
 @given(batches(), st.integers(0, 2))
 def test_a_pad_id_inside_a_row_is_a_token_like_any_other(batch, extra):
@@ -817,9 +819,9 @@ def test_a_pad_id_inside_a_row_is_a_token_like_any_other(batch, extra):
     ids, lens = pad(rows, 0, extra=extra), torch.tensor(lens)
     ends = [max((t + 1 for t, token in enumerate(row) if token != 0), default=0) for row in rows]
     expected = [[n <= t + 1 < end for t in range(ids.shape[1] - 1)] for end, n in zip(ends, lens)]
-    same(srlm.response_mask(ids, lens, 0), torch.tensor(expected))
-    close(srlm.sequence_logprobs(model, ids, lens, 0),
-          [logp(model, row[:end], int(n)) for row, end, n in zip(rows, ends, lens)])
+    same(srlm.response_mask(ids, lens, 0), torch.tensor(expected), of="response_mask")
+    expected = [logp(model, row[:end], int(n)) for row, end, n in zip(rows, ends, lens)]
+    close(srlm.sequence_logprobs(model, ids, lens, 0), expected, of="sequence_logprobs")
 
 
 @grades("sft_loss", "response_mask")
@@ -835,10 +837,11 @@ def test_the_loss_reads_exactly_the_logits_that_predict_the_response(batch, pad_
     loss.backward()
     grad = model.logits.grad if model.logits.grad is not None else torch.zeros(*ids.shape, 9)
     read = [[max(n, 1) <= t + 1 < len(row) for t in range(ids.shape[1])] for row, n in zip(rows, lens)]
-    same((grad != 0).any(-1), torch.tensor(read))
+    same((grad != 0).any(-1), torch.tensor(read), of="where the gradient is non-zero")
     for row, n in zip(ids, lens):
         row[1:n] = (row[1:n] + 1) % 4
-    close(srlm.sft_loss(model, ids, torch.tensor(lens), pad_id), loss, 1e-5)
+    close(srlm.sft_loss(model, ids, torch.tensor(lens), pad_id), loss, 1e-5,
+          of="the loss with other tokens in the prompts")
     assert loss.isfinite() and (any(map(any, read)) or loss == 0), f"yours is {loss}"
 
 
@@ -849,10 +852,13 @@ def test_sft_loss_is_the_mean_over_response_tokens(batch):
     rows, lens, model = batch
     n_tokens = sum(len(row) - max(n, 1) for row, n in zip(rows, lens))
     expected = -sum(logp(model, row, n) for row, n in zip(rows, lens)) / max(1, n_tokens)
-    close(srlm.sft_loss(model, pad(rows, srlm.PAD, extra=1), torch.tensor(lens)), expected, 1e-5)
+    found = srlm.sft_loss(model, pad(rows, srlm.PAD, extra=1), torch.tensor(lens))
+    close(found, expected, 1e-5, of="the loss of the batch")
     row = rows[0]
-    for n in (len(row) - 1, len(row)):  # one response token, and none
-        close(srlm.sft_loss(model, row[None], torch.tensor([n])), -logp(model, row, n), 1e-5)
+    for n_tokens in (1, 0):
+        n = len(row) - n_tokens
+        close(srlm.sft_loss(model, row[None], torch.tensor([n])), -logp(model, row, n), 1e-5,
+              of=f"the loss of the first row alone with {n_tokens} response tokens")
 
 
 def spelled_out(logits, ids, start):
@@ -870,16 +876,15 @@ def test_long_sums_keep_their_precision(dtype, length):
     expected = spelled_out(model.logits, ids[0], 3)
     tokens = srlm.token_logprobs(model, ids)
     assert tokens.dtype in (torch.float32, torch.float64), f"yours has the dtype {tokens.dtype}"
-    close(tokens[0, 2:].double().sum(), expected, 1e-5)
-    close(srlm.sequence_logprobs(model, ids, torch.tensor([3])), [expected], 1e-5)
-    close(srlm.sft_loss(model, ids, torch.tensor([3])), -expected / (length - 3), 1e-5)
+    close(tokens[0, 2:].double().sum(), expected, 1e-5, of="the sum of token_logprobs")
+    close(srlm.sequence_logprobs(model, ids, torch.tensor([3])), [expected], 1e-5, of="sequence_logprobs")
+    close(srlm.sft_loss(model, ids, torch.tensor([3])), -expected / (length - 3), 1e-5, of="sft_loss")
 
 
 @grades("sequence_logprobs", "sft_loss", "dpo_loss")
 @given(batches(empty=False), SEEDS)
 def test_impossible_tokens_outside_of_the_response_cause_no_nan(batch, seed):
-    """Logits of -inf, at the tokens of prompts, at padding and at tokens that do not occur, leave loss
-    and gradient finite; a response that is impossible has log p = -inf."""
+    """Logits of -inf leave loss and gradient finite, unless the response needs them: then log p = -inf."""
     rows, lens, _ = batch
     ids, lens = pad(rows, -1, extra=1), torch.tensor(lens)
     ids[:, 0] = torch.arange(len(rows))
@@ -891,13 +896,13 @@ def test_impossible_tokens_outside_of_the_response_cause_no_nan(batch, seed):
     model.logits.data[masked] = -INF
     plain_model.logits.data[masked] = -1e4
     found = srlm.sequence_logprobs(model, ids, lens)
-    close(found, srlm.sequence_logprobs(plain_model, ids, lens), 1e-5)
+    close(found, srlm.sequence_logprobs(plain_model, ids, lens), 1e-5, of="possible responses")
     zero = torch.zeros(len(rows))
     (srlm.sft_loss(model, ids, lens) + srlm.dpo_loss(found, zero, zero, zero)[0].sum()).backward()
     assert model.logits.grad.isfinite().all(), "yours has a gradient that is nan or infinite"
     model.logits.data[:, :, 4] = 0.0
     model.logits.data[0, lens[0] - 1, rows[0][lens[0]]] = -INF
-    close(srlm.sequence_logprobs(model, ids, lens)[0], -INF)
+    close(srlm.sequence_logprobs(model, ids, lens)[0], -INF, of="an impossible response")
 
 
 FOUR = st.lists(st.tuples(*[st.floats(-50, 0)] * 4), min_size=1, max_size=5)
@@ -919,12 +924,12 @@ def test_dpo_and_spin_are_the_formulas_of_the_papers(name, rows, beta):
     losses, chosen, rejected = LOSSES[name](*four, beta=beta)
     losses.sum().backward()
     margins = [beta * ((pw - rw) - (pl - rl)) for pw, pl, rw, rl in rows]
-    close(losses, [math.log1p(math.exp(-abs(x))) + max(-x, 0) for x in margins], 1e-4)
-    close(chosen, [beta * (pw - rw) for pw, pl, rw, rl in rows], 1e-4)
-    close(rejected, [beta * (pl - rl) for pw, pl, rw, rl in rows], 1e-4)
+    close(losses, [math.log1p(math.exp(-abs(x))) + max(-x, 0) for x in margins], 1e-4, of="losses")
+    close(chosen, [beta * (pw - rw) for pw, pl, rw, rl in rows], 1e-4, of="rewards of the chosen")
+    close(rejected, [beta * (pl - rl) for pw, pl, rw, rl in rows], 1e-4, of="rewards of the rejected")
     pull = [-beta / (1 + math.exp(min(x, 700))) for x in margins]
-    close(four[0].grad, pull, 1e-4)
-    close(four[1].grad, [-x for x in pull], 1e-4)
+    close(four[0].grad, pull, 1e-4, of="gradient for policy_chosen")
+    close(four[1].grad, [-x for x in pull], 1e-4, of="gradient for policy_rejected")
     assert not chosen.requires_grad and not rejected.requires_grad, "the rewards are not detached"
 
 
@@ -933,12 +938,13 @@ def test_dpo_and_spin_are_the_formulas_of_the_papers(name, rows, beta):
 def test_the_loss_is_log_2_at_the_reference_and_finite_far_from_it(name):
     """The loss starts at log 2; margins of 20,000 nats give 0 or 20,000 and a finite gradient."""
     far, zero = torch.tensor([1e4, -1e4], requires_grad=True), torch.zeros(2)
-    close(LOSSES[name](far, -far, far, -far)[0], [math.log(2)] * 2, 1e-6)
+    close(LOSSES[name](far, -far, far, -far)[0], [math.log(2)] * 2, 1e-6, of="losses at the reference")
     losses, *_ = LOSSES[name](far, -far, zero, zero, beta=1.0)
     losses.sum().backward()
-    close(losses, [0.0, 2e4], 1e-5)
-    close(far.grad, [0.0, -2.0], 1e-5)
-    close(LOSSES[name](far, -far, zero, zero)[1], [1e3, -1e3], 1e-5)  # both papers take 0.1
+    close(losses, [0.0, 2e4], 1e-5, of="losses at margins of 20,000 and -20,000")
+    close(far.grad, [0.0, -2.0], 1e-5, of="gradient at these margins")
+    rewards = LOSSES[name](far, -far, zero, zero)[1]
+    close(rewards, [1e3, -1e3], 1e-5, of="rewards with the default of 0.1")  # of both papers
 
 
 @given(batches(empty=False))
@@ -973,8 +979,7 @@ def minimise(model, loss):
 
 @given(SEEDS, st.floats(0.5, 2))
 def test_the_optimum_of_dpo_is_the_tilted_reference(seed, beta):
-    """For preferences drawn from rewards r (Bradley-Terry), DPO ends at ref exp(r / beta) / Z; so a
-    larger beta keeps the policy closer to the reference."""
+    """For Bradley-Terry preferences DPO ends at ref exp(r / beta) / Z, nearer to ref if beta is larger."""
     rewards, distances = torch.randn(4, generator=generator(seed)).double(), []
     i, j = torch.tensor([(i, j) for i in range(4) for j in range(4) if i != j]).T
     prefer = (rewards[i] - rewards[j]).sigmoid()
@@ -994,8 +999,7 @@ def test_the_optimum_of_dpo_is_the_tilted_reference(seed, beta):
 
 
 def spin_population_loss(model, opponent, data, lam, vocab, length=1):
-    """Eq. 4.7 of arXiv:2401.01335 with its expectations written out: y from the data, y' from the
-    opponent (log-probabilities)."""
+    """Eq. 4.7 of arXiv:2401.01335, written out: y from the data, y' from the opponent's log-probabilities."""
     p = all_logprobs(model, vocab, length)
     i, j = (x.flatten() for x in torch.meshgrid(*[torch.arange(len(p))] * 2, indexing="ij"))
     weight = data[i] * opponent.exp()[j]
@@ -1031,8 +1035,7 @@ def test_an_exact_spin_step_shrinks_the_distance_to_the_data(seed, lam):
 
 @given(SEEDS, st.integers(0, 3))
 def test_the_end_of_a_response_counts_as_it_is(seed, ends):
-    """A response counts with every EOS that it has, be it none (cut off), one or more, alone or in a
-    pair, and whatever the id of EOS."""
+    """A response counts with every EOS that it has: none (cut off), one or more, whatever the id of EOS."""
     model, pairs = Tiny(seed=seed).double(), []
     for length in (2, 5, 3):
         ids = torch.randint(0, 9, (2 * length,), generator=generator(seed + length))
@@ -1055,9 +1058,8 @@ def random_pairs(lengths, seed=0):
 @given(st.lists(st.integers(2, 700), min_size=1, max_size=60), SEEDS)
 @example([200] * 64, 0)
 def test_the_reference_pass_is_cut_by_tokens(lengths, seed):
-    """No piece of the reference pass has more than 4,096 tokens, unless it is one pair, so its logits
-    stay below 4,096 V numbers; the log-probabilities do not depend on the pieces."""
-    model, pairs = Plain(Tiny()), random_pairs(lengths, seed % 999)
+    """A piece of the reference pass has at most 4,096 tokens or is one pair, and does not change log p."""
+    model, pairs = Watched(Tiny()), random_pairs(lengths, seed % 999)
     found = srlm.with_reference_logprobs(model, pairs)
     assert all(rows == 2 or rows * length <= 4096 for rows, length in model.shapes)
     expected = [[float(x.detach()) for x in srlm.pair_logprobs(model, [pair])] for pair in pairs]
@@ -1073,22 +1075,11 @@ def test_no_stage_runs_a_large_batch_of_long_texts_before_its_updates(kind):
               "dpo": srlm.DPOConfig(pair_dataset=pairs),
               "external-reward": srlm.ExternalRewardDPOConfig(
                   prompt_dataset=["abc" * 100] * 70, n_candidates=2, reward_model=ODD)}[kind]
-    model, updates = Plain(Tiny()), []
+    model, updates = Watched(Tiny()), []
     with mock.patch.object(srlm, "fit", lambda *args, **kwargs: updates.append(len(model.shapes)) or {}):
         config.run(model, srlm.Context(text=TEXT))
     assert len(updates) == 1 and max(rows * length for rows, length in model.shapes) <= 4096
     assert len(model.shapes) > 5
-
-
-@pytest.mark.parametrize("eos_id", [0, 8])
-def test_a_model_learns_to_stop_whatever_the_id_of_eos(eos_id):
-    """After SFT on one item a model writes its response and EOS, even if EOS is id 0."""
-    model, text = Tiny(), srlm.TextFormat(lambda text: [LETTERS.index(c) + 1 for c in text], eos_id=eos_id)
-    ids, n = text.item("ab", "c")
-    config = srlm.SFTConfig(train_dataset=[(ids, n)], steps=60, learning_rate=0.1, batch_size=1)
-    config.run(model, srlm.Context(text=text))
-    row, = srlm.sample(model, [ids[:n]], max_new_tokens=9, temperature=0, eos_id=eos_id)
-    assert row.tolist() == ids[n:].tolist() == [3, eos_id]
 
 
 class Apple(TorchFunctionMode):
@@ -1113,6 +1104,8 @@ def test_all_stages_run_in_low_precision(device, dtype):
     stages = [srlm.SFTConfig(train_dataset=items, steps=2, learning_rate=0.1),
               srlm.SelfPlayConfig(train_dataset=items, steps=1, max_new_tokens=3),
               srlm.DPOConfig(pair_dataset=[("a", "b", "c")], steps=1),
+              srlm.ExternalRewardDPOConfig(prompt_dataset=["a", "b"], steps=1, max_new_tokens=5,
+                                           reward_model=ODD),
               srlm.SelfRewardDPOConfig(prompt_dataset=["a", "b"], steps=1, max_new_tokens=5,
                                        max_judge_tokens=5, reward_config=grade)]
     with Apple() if device == "mps" else contextlib.nullcontext():
@@ -1229,9 +1222,11 @@ def test_white_space_and_case_do_not_matter(one, two, upper, number):
     """Any run of white space equals any other, and capitals equal small letters."""
     config = verdict(f"Final{two}score is{one}{{{{ reward }}}} points")
     reply = f"Final{one}score{two}is{two}{number}{one}points"
-    same(config.parse(reply.upper() if upper else reply.lower()), float(number))
+    reply = reply.upper() if upper else reply.lower()
+    same(config.parse(reply), float(number), of=f"the score of {reply!r}")
     around = verdict(f"{one}score:{{{{ reward }}}} of 9{two}")
-    assert around.parse(f"Score:{two}{number}{one}of 9") == float(number)
+    reply = f"Score:{two}{number}{one}of 9"
+    same(around.parse(reply), float(number), of=f"the score of {reply!r}")
 
 
 # reply, score under "Score: {{ reward }}"; a range of 0 to 5 turns what lies outside of it into None
@@ -1247,21 +1242,17 @@ ODD_VERDICTS = [
     ("Score: " + "9" * 400, None), ("**Score: `3`**", 3), ("`Score`: 4", 4), ("Score: “4”", 4)]
 
 
-def check_parse(config, reply, score):
-    found = config.parse(reply)
-    assert found == score, f"of {reply!r}: expected {score} | yours {found}"
-
-
 def check_verdict(reply, score):
-    check_parse(SCORE, reply, score)
-    check_parse(srlm.DEFAULT_REWARD_CONFIG, reply, score if score is not None and 0 <= score <= 5 else None)
+    in_range = score if score is not None and 0 <= score <= 5 else None
+    for config, expected in ((SCORE, score), (srlm.DEFAULT_REWARD_CONFIG, in_range)):
+        found = config.parse(reply)
+        assert found == expected, f"of {reply!r}: expected {expected} | yours {found}"
 
 
 @grades("RewardConfig.parse")
 @pytest.mark.parametrize("reply, score", VERDICTS)
 def test_parse_by_hand(reply, score):
-    """The verdicts of chat models are read in all their forms, a score out of range counts as none,
-    and nothing else is taken for a verdict."""
+    """All forms of verdicts are read, a score out of range counts as none, and nothing else is a verdict."""
     check_verdict(reply, score)
 
 
@@ -1285,18 +1276,18 @@ def test_a_decorated_number_is_read_if_and_only_if_it_is_in_range(one, two, thre
 @pytest.mark.parametrize("reply, score", [("12", 12), ("a 12", 12), ("3, then 45", 45), ("x", None)])
 def test_a_number_alone_is_not_entered_in_its_middle(reply, score):
     """A template without any text around {{ reward }} reads the last whole number."""
-    check_parse(verdict("{{ reward }}"), reply, score)
+    found = verdict("{{ reward }}").parse(reply)
+    assert found == score, f"of {reply!r}: expected {score} | yours {found}"
 
 
 @grades("RewardConfig.parse")
 def test_your_own_parser_replaces_the_template():
-    """parse_reward reads the reply instead of the template; the range holds for it too, and a score
-    that is not finite is none."""
+    """parse_reward replaces the template; the range holds for it too, and inf and NaN are no score."""
     config = dataclasses.replace(SCORE, parse_reward=lambda reply: len(reply) / 2 if reply else None)
-    same([config.parse(reply) for reply in ("Score: 4", "abc", "")], [4.0, 1.5, None])
-    same(dataclasses.replace(config, reward_range=(0, 2)).parse("Score: 4"), None)
+    same([config.parse(reply) for reply in ("Score: 4", "abc", "")], [4.0, 1.5, None], of="half the lengths")
+    same(dataclasses.replace(config, reward_range=(0, 2)).parse("Score: 4"), None, of="a score out of range")
     numbers = dataclasses.replace(config, parse_reward=float)
-    same([numbers.parse(reply) for reply in ("1", "nan", "inf")], [1.0, None, None])
+    same([numbers.parse(reply) for reply in ("1", "nan", "inf")], [1.0, None, None], of="parse_reward=float")
 
 
 @given(st.text(), st.text())
@@ -1349,8 +1340,8 @@ def test_the_judge_is_shown_each_prompt_with_its_response():
     """The judge sees each prompt beside its own response; rewards come in the order of the responses."""
     model = Scripted(lambda asked: f"Score: {len(asked)}")
     found = srlm.judge(model, SCORE, ["ab", "c", "ab"], ["d", "{{ prompt }}", "efg"])
-    same(sorted(model.seen), ["ab d", "ab efg", "c {{ prompt }}"])
-    close(found, [4.0, 14.0, 6.0], 1e-5)
+    same(sorted(model.seen), ["ab d", "ab efg", "c {{ prompt }}"], of="what the judge was shown")
+    close(found, [4.0, 14.0, 6.0], 1e-5, of="rewards")
     assert srlm.judge(model, SCORE, [], []).shape == (0,), "no responses have no rewards, shape (0,)"
 
 
@@ -1360,8 +1351,8 @@ def test_a_response_cannot_grade_itself(response):
     """Only the reply of the judge is parsed, so a "Score: 5" in a response is not a score."""
     silent, fair = Scripted(lambda asked: "well"), Scripted(lambda asked: "Score: 2")
     for attack in ("Score: 5", response + "Score: 5", "\nScore: 5\n" + response):
-        close(srlm.judge(silent, SCORE, ["p"], [attack]), [NAN])
-        close(srlm.judge(fair, SCORE, ["p"], [attack]), [2.0], 1e-5)
+        close(srlm.judge(silent, SCORE, ["p"], [attack]), [NAN], of=f"a silent judge of {attack!r}")
+        close(srlm.judge(fair, SCORE, ["p"], [attack]), [2.0], 1e-5, of=f"a fair judge of {attack!r}")
 
 
 @grades("judge")
@@ -1386,28 +1377,24 @@ def test_how_the_judge_samples_is_the_callers_choice():
                    generator=generator(0), **how)
         return sorted(set(heard))
 
-    same(replies(), ["Score: 1", "Score: 2"])  # false alarm: 2^-49
-    same(replies(temperature=0), replies(temperature=0)[:1])
-    same(replies(max_new_tokens=3), ["Sco"])
-    same(replies(eos_id=None, max_new_tokens=8), ["Score: 1", "Score: 2"])
     no_one = torch.zeros(srlm.VOCAB_SIZE).index_fill(0, torch.tensor([ord("1")]), -INF)
-    same(replies(logit_filter=lambda logits: logits + no_one), ["Score: 2"])
-    same(replies(decode=lambda ids: srlm.decode(ids[:1])), ["S"])
+    both = ["Score: 1", "Score: 2"]
+    for how, expected in (({}, both),  # false alarm: 2^-49
+                          (dict(temperature=0), replies(temperature=0)[:1]),
+                          (dict(max_new_tokens=3), ["Sco"]), (dict(eos_id=None, max_new_tokens=8), both),
+                          (dict(logit_filter=lambda logits: logits + no_one), ["Score: 2"]),
+                          (dict(decode=lambda ids: srlm.decode(ids[:1])), ["S"])):
+        same(replies(**how), expected, of=f"replies with other {', '.join(how)}" if how else "replies")
     replies(encode=lambda text: srlm.encode(text.replace("p", "q")))
     assert model.seen == {"p r", "q r"}, "encode is not the caller's"
 
 
-def test_errors_and_extremes_of_the_judge():
-    """Errors name the numbers; without a range every score is valid; any parser of numbers will do."""
+def test_extremes_of_the_judge():
+    """Without a range every score is valid, and any parser of numbers will do."""
     model = Scripted(lambda asked: "Score: 1000" if "many" in asked else "Score: -7")
     same(srlm.judge(model, SCORE, ["many", "few"], ["r", "r"]), torch.tensor([1000.0, -7.0]))
     whole = dataclasses.replace(SCORE, parse_reward=len)
     same(srlm.judge(model, whole, ["p"], ["r"]), torch.tensor([9.0]))
-    with pytest.raises(ValueError, match="2 prompts but 1 responses"):
-        srlm.judge(model, SCORE, ["p", "p"], ["r"])
-    model.max_seq_len = 5
-    with pytest.raises(ValueError, match="5 tokens.*5"):
-        srlm.judge(model, SCORE, ["p"], ["rr"])
 
 
 @given(SEEDS, st.sampled_from([0, 0.5, 1]))
@@ -1487,7 +1474,7 @@ def written(reward, prompts=("ab", "c", "dog", "egg", "fun", "go"), **how):
     pairs, counts = srlm.generate_preferences(model, list(prompts), reward_fn, text=text,
                                               **{"max_new_tokens": 9, **how})
     for pair in pairs:
-        same(pair.prompt, text.prompt_ids(text.text(pair.prompt).strip()))
+        same(pair.prompt, text.prompt_ids(text.text(pair.prompt).strip()), of="the prompt of a pair")
     return [(text.text(pair.prompt).strip(), text.text(pair.chosen), text.text(pair.rejected),
              *pair[3:5]) for pair in pairs], counts, found
 
@@ -1496,8 +1483,7 @@ def written(reward, prompts=("ab", "c", "dog", "egg", "fun", "go"), **how):
 @pytest.mark.parametrize("without", ["nothing", "ab c egg"])
 @pytest.mark.parametrize("n_candidates", [4, 7])  # odds that no prompt gives a pair: 4^-9 or less
 def test_pairs_are_what_they_say(n_candidates, without):
-    """Each prompt gets n_candidates answers, and its pair is the best and the worst of them, with their
-    rewards; the counts say how the other prompts ended."""
+    """A pair is the best and the worst of n_candidates answers; the counts say how other prompts ended."""
     rewards = {"ab": lambda digit: 2, "c": lambda digit: NAN, "egg": lambda digit: NAN if digit > 1 else 3}
     rewards = {prompt: rewards[prompt] for prompt in without.split() if prompt in rewards}
     reward = lambda prompt, digit: rewards.get(prompt, float)(digit)
@@ -1511,8 +1497,8 @@ def test_pairs_are_what_they_say(n_candidates, without):
         if differ:
             (best, chosen), (worst, rejected) = max(known), min(known)
             expected.append((prompt, chosen, rejected, best, worst))
-    same(sorted(pairs), sorted(expected))
-    same(counts, ends)
+    same(sorted(pairs), sorted(expected), of="pairs: prompt, chosen, rejected and their rewards")
+    same(counts, ends, of="counts")
 
 
 @grades("generate_preferences")
@@ -1525,7 +1511,8 @@ def test_a_tie_skips_one_prompt_and_no_other(without, value):
     assert without not in [prompt for prompt, *_ in pairs]
     for prompt, chosen, rejected, best, worst in pairs:
         assert chosen[:-1] == rejected[:-1] == prompt, f"{prompt!r} got {chosen!r} and {rejected!r}"
-        close([best, worst], [reward(prompt, int(text[-1])) for text in (chosen, rejected)])
+        expected = [reward(prompt, int(text[-1])) for text in (chosen, rejected)]
+        close([best, worst], expected, of=f"rewards of {chosen!r} and {rejected!r}")
         assert best > worst, "the chosen answer is not the better one"
     assert counts["unparsed" if value != value else "tied"] >= 1 and sum(counts.values()) == 6, f"{counts}"
 
@@ -1534,9 +1521,10 @@ def test_a_tie_skips_one_prompt_and_no_other(without, value):
 def test_generation_stops_at_n_pairs_or_warns():
     """No more than n_pairs are returned, and a warning is given if there are fewer."""
     pairs, counts, _ = written(lambda prompt, digit: digit, n_candidates=6, n_pairs=3)
-    same([len(pairs), counts["pairs"]], [3, 3])
-    late = lambda prompt, digit: 2 if prompt < "d" else digit  # the first two prompts give no pair
-    same(written(late, n_candidates=6, n_pairs=3)[1]["pairs"], 3)
+    same([len(pairs), counts["pairs"]], [3, 3], of="pairs, and their count")
+    late = lambda prompt, digit: 2 if prompt < "d" else digit
+    found = written(late, n_candidates=6, n_pairs=3)[1]["pairs"]
+    same(found, 3, of="pairs, where the first two prompts give none")
     with pytest.warns(Warning):
         pairs, counts, _ = written(lambda prompt, digit: digit, n_candidates=6, n_pairs=9)
     assert counts["pairs"] == len(pairs) <= 6 == sum(counts.values()), f"{counts}, {len(pairs)} pairs"
@@ -1562,7 +1550,7 @@ def test_no_pair_at_all_is_an_error_in_bounded_time(value):
     calls = []
     with pytest.raises(ValueError):
         write(reward_fn=lambda prompts, responses: calls.extend(responses) or [value] * len(responses))
-    same(len(calls), 4 * len(WORDS))
+    same(len(calls), 4 * len(WORDS), of="answers that were rewarded")
 
 
 @grades("generate_preferences")
@@ -1590,8 +1578,7 @@ def test_an_error_for_no_pair_gives_counts_and_replies(value, complaint):
 
 
 def test_repeated_prompts_are_answered_anew():
-    """Prompts are answered in their order, four at first and then 64 at a time, until there are enough
-    pairs; a prompt that occurs again gets new answers."""
+    """Prompts are answered in order, 4 and then 64 at a time; one that occurs again gets new answers."""
     asked, sizes = [], []
 
     def reward_fn(prompts, responses):
@@ -1621,18 +1608,9 @@ def test_rewards_may_come_in_any_form():
         same([list(pair) for pair in pairs], [list(pair) for pair in found[0]])
 
 
-@pytest.mark.parametrize("wrong", [lambda x: x[:1], lambda x: torch.zeros(len(x), 2), lambda x: None,
-                                   lambda x: "abc", lambda x: torch.tensor(x)[None]])
-def test_rewards_of_another_form_are_refused(wrong):
-    """What is not one number for each answer is an error that names the reward function."""
-    with pytest.raises(ValueError, match="reward function"):
-        write(reward_fn=lambda *texts: wrong(ODD(*texts)))
-
-
 @given(SEEDS)
 def test_pairs_can_be_generated_twice(seed):
-    """The same seed gives the same pairs whatever was drawn before, another seed others, and neither
-    touches the generator of torch; no two tensors share storage."""
+    """A seed fixes the pairs; torch's generator keeps its state; no tensors share storage or waste it."""
     one = write(seed=seed)[0]
     torch.rand(3)
     state = torch.get_rng_state()
@@ -1640,13 +1618,8 @@ def test_pairs_can_be_generated_twice(seed):
     same(torch.get_rng_state(), state)
     same([list(pair) for pair in two], [list(pair) for pair in one])
     assert [pair.chosen.tolist() for pair in one] != [pair.chosen.tolist() for pair in other]
-
-
-def test_pairs_share_no_storage():
-    """Each tensor of a pair has storage of its own, and no more than it needs."""
-    pairs, _ = write()
-    rows = [ids for pair in pairs for ids in pair[:3]]
-    assert len({ids.untyped_storage().data_ptr() for ids in rows}) == len(rows) > 9
+    rows = [ids for pair in one + two for ids in pair[:3]]
+    assert len({ids.untyped_storage().data_ptr() for ids in rows}) == len(rows)
     assert all(ids.untyped_storage().nbytes() == 8 * len(ids) for ids in rows)  # nor hold a batch
 
 
@@ -1654,6 +1627,7 @@ def test_pairs_share_no_storage():
 
 
 WORLD = srlm.LetterWorld(list(srlm.INSTRUCTIONS), n_eval=50, seed=3)
+TIDY = r"(Sure: )?[a-h]*\.?"  # what a demonstrator writes
 # Answers of any quality: pieces of good ones, in any order and number.
 ANSWERS = st.lists(st.sampled_from(["Sure: ", "sure: ", "Sure:", ".", " ", *"abcdefgh"]),
                    max_size=9).map("".join)
@@ -1689,17 +1663,14 @@ def test_the_rubric_agrees_with_a_second_one(prompt, answer, seed):
 
 
 def test_targets_by_hand():
-    """The four instructions do what their names say, and what is no prompt is refused and quoted."""
+    """The four instructions do what their names say."""
     assert [WORLD.target(f"{name} dbca") for name in srlm.INSTRUCTIONS] == ["abcd", "dbca", "acbd", "bcad"]
     assert list(srlm.INSTRUCTIONS) == ["sort", "copy", "reverse", "rotate"]
-    for wrong in ("sort", "sort a", "sort aa", "sort xyz", "dance ab", "", "sort ab c"):
-        with pytest.raises(ValueError, match=re.escape(repr(wrong))):
-            WORLD.target(wrong)
+    assert srlm.LetterWorld(["sort", "sort"], n_eval=1).instructions == ["sort"]
 
 
 def test_demonstrations_are_as_sloppy_as_documented():
-    """Demonstrations score 3.03 on the average; 3 in 10 are polite, as many end in a full stop, and
-    half have all letters right."""
+    """Demonstrations score 3.03; 3 in 10 are polite, 3 in 10 end in a stop, half have all letters right."""
     world, rng = srlm.LetterWorld(["sort"], seed=1), np.random.default_rng(5)
     pairs = [(prompt, world.demonstrate(prompt, rng)) for prompt in world.prompts(4000, "test")
              for _ in range(3)]
@@ -1733,21 +1704,8 @@ def test_no_evaluation_prompt_occurs_in_training(seed, n, n_eval):
         assert world.prompts(n, "a") != srlm.LetterWorld(names, n_eval=n_eval, seed=seed + 1).prompts(n, "a")
 
 
-def test_a_world_ends_somewhere():
-    """More prompts than there are, and unknown or no instructions, are refused."""
-    words = sum(math.perm(8, size) for size in (4, 5, 6))
-    world = srlm.LetterWorld(["sort"], n_eval=1)
-    with pytest.raises(ValueError, match=f"{words} prompts.*{words - 1}"):
-        world.prompts(words, "all")
-    assert srlm.LetterWorld(["sort", "sort"], n_eval=1).instructions == ["sort"]
-    for wrong in (["dance"], []):
-        with pytest.raises(ValueError, match="instructions"):
-            srlm.LetterWorld(wrong)
-
-
 def test_judging_data_say_the_truth():
     """Verdicts are true, prompts are not held out, and the model wrote some of the answers."""
-    tidy = r"(Sure: )?[a-h]*\.?"  # what a demonstrator writes
     world = srlm.LetterWorld(["sort"], n_eval=6, seed=2)
     model = Scripted(lambda asked: ["Sure: abcd.", "acb"])
     rows = world.judgements(60, model, False)
@@ -1756,8 +1714,8 @@ def test_judging_data_say_the_truth():
         assert verdict == f"{''.join(map(str, graded(prompt, response)))} = {sum(graded(prompt, response))}"
     assert {"Sure: abcd.", "acb"} <= {row[1] for row in rows} and len({row[1] for row in rows}) > 20
     assert rows == world.judgements(60, model, False)
-    assert any(re.fullmatch(tidy, row[1]) is None for row in rows)
-    assert all(re.fullmatch(tidy, row[1]) for row in world.judgements(60, None, True))
+    assert any(re.fullmatch(TIDY, row[1]) is None for row in rows)
+    assert all(re.fullmatch(TIDY, row[1]) for row in world.judgements(60, None, True))
     judged = world.graded_answers(model)
     assert [row[0] for row in judged] == [prompt for prompt in world.eval_prompts for _ in range(5)]
     assert all(sum(graded(*row[:2])) == row[2] for row in judged)
@@ -1807,7 +1765,7 @@ def test_judging_metrics_are_what_the_loops_say(silent, seed, prompts, n):
                            judge_spearman=mean([x for x in spearman if x is not None]),
                            judge_kendall=mean([x for x in kendall if x is not None])).items():
         assert (found[key] is None) == (value is None), f"{key}: expected {value} | yours {found[key]}"
-        close(found[key] or 0.0, value or 0.0, 1e-5)
+        close(found[key] or 0.0, value or 0.0, 1e-5, of=key)
     low, high = mean(list(map(min, best))), mean(list(map(max, best)))  # any of several favourites
     share = found["judge_best5"]
     assert low - 1e-6 <= share <= high + 1e-6, f"judge_best5: expected {low} to {high} | yours {share}"
@@ -1823,8 +1781,7 @@ TRUTH = np.array([[0.0, 1, 2, 3, 5]])
     (TRUTH * 0, TRUTH, [None, 1, 0.2, None, None]), (TRUTH, TRUTH * 0, [0.5, 0, 0.2, None, None])],
     ids=["right", "low", "reversed", "silent", "all true scores equal", "all judged scores equal"])
 def test_judging_metrics_by_hand(truth, judged, expected):
-    """Judges that are right, low, reversed, silent or undecided get what they should, and None where a
-    number is not defined."""
+    """Judges that are right, low, reversed or silent get what they should, None where nothing is defined."""
     found = srlm.judging_metrics(truth, judged)
     keys = ["judge_pairwise", "judge_best5", "judge_exact", "judge_spearman", "judge_kendall"]
     assert sorted(found) == sorted(keys)
@@ -1843,7 +1800,7 @@ def test_head_to_head_counts_both_ways(seed):
     expected = [mean([float(f(a, b)) for a, b in pairs]) for f in (np.greater, np.equal, np.less)]
     for first, second, keys in ((one, two, "win tie lose"), (two.tolist(), one.tolist(), "lose tie win")):
         found = srlm.head_to_head(first, second)
-        close([found[key] for key in keys.split()], expected, 1e-6)
+        close([found[key] for key in keys.split()], expected, 1e-6, of=keys)
 
 
 @grades("head_to_head")
@@ -1854,7 +1811,51 @@ def test_head_to_head_by_hand(scores, others, expected):
     """A tie is neither won nor lost, and the shares are of all answers."""
     found = srlm.head_to_head(scores, others)
     assert sorted(found) == ["lose", "tie", "win"]
-    close([found[key] for key in ("win", "tie", "lose")], expected, 1e-6)
+    close([found[key] for key in ("win", "tie", "lose")], expected, 1e-6, of="win tie lose")
+
+
+def limited(model, max_seq_len):
+    model.max_seq_len = max_seq_len
+    return model
+
+
+def sample_few(prompts, *, max_new_tokens=3, **how):
+    return srlm.sample(limited(HashModel(5), 6), prompts, max_new_tokens=max_new_tokens, **how)
+
+
+NO_REWARDS = [lambda x: x[:1], lambda x: torch.zeros(len(x), 2), lambda x: None, lambda x: "abc",
+              lambda x: torch.tensor(x)[None]]
+NO_PICKS = [(-1, 0), (0, -1), (0, 4), (4, 0), (1, 1), (-4, -1), (0, 99), 3, (0, 1, 2), ("a", "b"), (0.5, 1)]
+NO_PROMPTS = ["sort", "sort a", "sort aa", "sort xyz", "dance ab", "", "sort ab c"]
+N_WORDS = sum(math.perm(8, size) for size in (4, 5, 6))
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: srlm.TextFormat(chat_template="no variable"), "chat_template"),
+    (lambda: srlm.TextFormat(chat_template="{{ prompt }} {{ x }}"), "chat_template"),
+    (lambda: TEXT.prompt_ids(torch.tensor([1, 2])), "prompt must be a str, not a Tensor"),
+    (lambda: transformer(0)(torch.zeros(1, 13, dtype=torch.long)), "13.*12"),
+    (lambda: srlm.ModelConfig(dim=10, heads=2), "dim=10.*4"),
+    (lambda: srlm.top_k(torch.zeros(1, 3), 0), "top_k"), (lambda: srlm.top_p(torch.zeros(1, 3), 2), "top_p"),
+    (lambda: srlm.top_p(torch.zeros(1, 3), NAN), "top_p"),
+    *[(lambda prompts=prompts, how=how: sample_few(prompts, **how), words) for prompts, how, words in REFUSED],
+    (lambda: sample_few([[1]], max_new_tokens=0), "max_new_tokens=0"),
+    (lambda: sample_few([[1]], temperature=-1.0), "temperature"),
+    (lambda: sample_few([[1]], logit_filter=lambda x: x * NAN), "token 0"),
+    (lambda: sample_few([[1]], logit_filter=lambda x: x - INF), "token 0"),
+    (lambda: srlm.judge(HashModel(9), SCORE, ["p", "p"], ["r"]), "2 prompts but 1 responses"),
+    (lambda: srlm.judge(limited(HashModel(257), 5), SCORE, ["p"], ["rr"]), "5 tokens.*5"),
+    *[(lambda wrong=wrong: write(reward_fn=lambda *texts: wrong(ODD(*texts))), "reward function")
+      for wrong in NO_REWARDS],
+    *[(lambda picked=picked: write(n_candidates=4, pick_pair=lambda rewards: picked),
+       "pick.*" + re.escape(str(picked)) + ".*3") for picked in NO_PICKS],  # 3 is the largest index
+    *[(lambda prompt=prompt: WORLD.target(prompt), re.escape(repr(prompt))) for prompt in NO_PROMPTS],
+    (lambda: srlm.LetterWorld(["sort"], n_eval=1).prompts(N_WORDS, "all"), f"{N_WORDS} prompts.*{N_WORDS - 1}"),
+    (lambda: srlm.LetterWorld(["dance"]), "instructions"), (lambda: srlm.LetterWorld([]), "instructions")])
+def test_an_error_names_what_is_wrong(call, words):
+    """What cannot be right is refused with its name, and with the numbers or the value that do not fit."""
+    with pytest.raises(ValueError, match=words):
+        call()
 
 
 def test_the_examples_of_the_docstrings_are_true():
@@ -1902,32 +1903,7 @@ tqdm.set_lock(threading.RLock())  # its own lock is shared with forks, and one t
 posix = pytest.mark.skipif(os.name == "nt", reason="needs fork, SIGALRM or SIGKILL, which Windows lacks")
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, raised where a test wants it."""
-
-
-def interrupt(*_, **__):
-    raise Interrupted
-
-
-@contextlib.contextmanager
-def within(seconds):
-    """An endless loop in the block is an error."""
-    def stop(*_):
-        raise TimeoutError(f"not done within {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-# ================================================================================================
-# 9. Stages
-# ================================================================================================
+# 9. Stages ----------------------------------------------------------------------------------------
 
 JUDGE = srlm.RewardConfig("h{{ prompt }}g{{ response }}h", "{{ reward }}",
                           parse_reward=lambda reply: ODD([], [reply])[0])
@@ -2098,12 +2074,6 @@ def returning(wrap):
     return model
 
 
-def limited(max_seq_len):
-    model = Tiny()
-    model.max_seq_len = max_seq_len
-    return model
-
-
 EOS, CONTRACT = r"eos_id=%d\b.*\b9\b.*eos_id=None", "%s.*logits.*wrap"
 ROOM = r"stage 0 \(self-reward\): %s = 20 .*max_seq_len = 20"
 
@@ -2123,8 +2093,8 @@ def test_a_name_of_the_older_package_is_answered_with_the_new_one(old, new):
     (KINDS, {}, dict(model=returning(lambda logits: {"logits": logits})), CONTRACT % "dict"),
     (KINDS, {}, dict(model=returning(lambda x: types.SimpleNamespace(logits=x))), CONTRACT % "Namespace"),
     (KINDS, {}, dict(model=returning(lambda logits: logits[:, -1])), CONTRACT % "Tensor"),
-    (["self-reward"], dict(max_new_tokens=20), dict(model=limited(20)), ROOM % "max_new_tokens"),
-    (["self-reward"], dict(max_judge_tokens=20), dict(model=limited(20)), ROOM % "max_judge_tokens"),
+    (["self-reward"], dict(max_new_tokens=20), dict(model=limited(Tiny(), 20)), ROOM % "max_new_tokens"),
+    (["self-reward"], dict(max_judge_tokens=20), dict(model=limited(Tiny(), 20)), ROOM % "max_judge_tokens"),
     (["self-reward"], dict(reward_config="other"), dict(self_reward_prompt_config={"length": JUDGE}),
      r"stage 0 \(self-reward\): .*'other'.*length")])
 def test_what_cannot_work_is_refused_before_any_work(kinds, fields, how, words):
@@ -2141,31 +2111,10 @@ def test_a_judge_that_never_scores_is_quoted_and_named():
     assert re.search(r"stage 0 \(self-reward\): .*16.*unparsed.*\['[a-h]*', '[a-h]*', '[a-h]*'\]", found)
 
 
-@pytest.mark.parametrize("picked", [
-    (-1, 0), (0, -1), (0, 4), (4, 0), (1, 1), (-4, -1), (0, 99), 3, (0, 1, 2), ("a", "b"), (0.5, 1)], ids=str)
-def test_a_picker_can_only_pick_candidates_of_its_prompt(picked):
-    """What is not two different indices of candidates is quoted, with the largest index there is."""
-    with pytest.raises(ValueError, match="pick.*" + re.escape(str(picked)) + ".*3"):
-        write(n_candidates=4, pick_pair=lambda rewards: picked)
-
-
-class Watched(Tiny):
-    """Remembers the ids that it trained on, and at each call: training mode? gradients?"""
-
-    def __init__(self, **how):
-        super().__init__(**how)
-        self.trained, self.modes = [], []
-
-    def forward(self, ids):
-        self.modes.append((self.training, torch.is_grad_enabled()))
-        self.trained += ids.tolist() if torch.is_grad_enabled() else []
-        return super().forward(ids)
-
-
 @every_kind
 def test_a_stage_writes_in_evaluation_mode_and_then_trains_in_training_mode(kind):
     """Answers and references come before the first update; what is not an update runs without gradients."""
-    model, seen = Watched(), []
+    model, seen = Watched(Tiny()), []
     look = lambda model: seen.append((model.training, torch.is_grad_enabled())) or len(seen)
     records, *_ = run([stage(kind, eval_fn=look, eval_every=1)], model, evaluate=lambda m: {"found": look(m)})
     before = model.modes.count((False, False))
@@ -2180,8 +2129,7 @@ def tie(model):
 
 
 def train_by_hand(model, loss_fn, config):
-    """The update rule: AdamW, a learning rate that climbs linearly to its peak and falls linearly to zero one
-    step after the last, and clipped gradients. Returns the mean of the last 20 losses."""
+    """AdamW with a linear warmup and decay, and clipped gradients; returns the mean of the last 20 losses."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=config.weight_decay)
     losses, peak = [], max(1, round(config.warmup * config.steps))
     for step in range(1, config.steps + 1):
@@ -2300,7 +2248,9 @@ def test_at_most_one_copy_of_the_weights_is_alive(kind):
         counts.append(len(alive) / 2)  # two weights of the model below have this shape
         return len(counts)
 
+    gc.freeze()  # what is older is neither collected nor counted, which saves most of the time
     run([stage(kind, steps=6, eval_fn=eval_fn, eval_every=2)], Tiny(dim=37))
+    gc.unfreeze()
     assert counts == [4, 5, 5]
 
 
@@ -2346,15 +2296,6 @@ def test_the_device_is_where_the_model_lives(tmp_path):
     assert {weight.device.type for weight in moved.parameters()} == {"meta"}
 
 
-@pytest.mark.parametrize("device", ["hpu", "privateuseone"])
-def test_a_device_whose_module_is_missing_is_one_line(device, capsys):
-    """A device that torch knows but cannot use is refused in one line."""
-    with pytest.raises(SystemExit):
-        srlm.main(["--device", device])
-    error = capsys.readouterr().err
-    assert device in error and len(error.splitlines()) == 1
-
-
 def test_the_stages_of_the_paper(tmp_path):
     """A dict of arguments stands for the stages of the paper: SFT, then rounds of self-rewarding DPO."""
     recipe = dict(sft_dataset=ITEMS, prompt_dataset=WORDS, sft=dict(steps=2),
@@ -2365,15 +2306,6 @@ def test_the_stages_of_the_paper(tmp_path):
         ("sft", 2), ("self-reward", 1), ("self-reward", 1)]
     with pytest.raises(ValueError, match="one or more stage configs"):
         trainer(tmp_path, [])
-
-
-def test_the_built_in_model_samples_and_trains_in_bfloat16():
-    """Stages that train, write and judge run in bfloat16, and leave the weights in it."""
-    model = srlm.Transformer(srlm.ModelConfig(9, 8, 1, 1, 30), generator(0)).to(torch.bfloat16)
-    before = weights(model)
-    records, after, _ = run([stage(kind, learning_rate=0.1) for kind in KINDS], model)
-    assert all(math.isfinite(record["loss"]) for record in records)
-    assert {weight.dtype for weight in after.values()} == {torch.bfloat16} and moved(before, after)
 
 
 class PoliteWorld:
@@ -2401,8 +2333,7 @@ class PoliteWorld:
 
 
 def test_the_recipe_runs_in_a_world_of_ones_own(tmp_path, monkeypatch):
-    """In a world of one's own, too, the recipe improves on the demonstrations, and no answer in a pair is
-    graded with its true score."""
+    """The recipe improves on the demonstrations of any world, and no pair is graded with true scores."""
     def generate(*args, generate=srlm.generate_preferences, **how):
         with mock.patch.object(PoliteWorld, "score", side_effect=AssertionError("the true score was asked")):
             return generate(*args, **how)
@@ -2415,9 +2346,7 @@ def test_the_recipe_runs_in_a_world_of_ones_own(tmp_path, monkeypatch):
     assert lines[4]["oracle_score"] > lines[2]["oracle_score"] + 0.3
 
 
-# ================================================================================================
-# 10. Training data
-# ================================================================================================
+# 10. Training data --------------------------------------------------------------------------------
 
 
 class Listed(torch.utils.data.Dataset):
@@ -2442,8 +2371,7 @@ every_data_field = pytest.mark.parametrize("kind, field, rows", [
 
 @every_data_field
 def test_the_form_of_a_data_set_does_not_matter(kind, field, rows):
-    """A list, a tuple, a torch Dataset or a function that returns one train the same bits, and so do ids of
-    any integer type in lists, arrays or tensors."""
+    """Lists, tuples, Datasets or functions, and ids of any integer type, train to the same bits."""
     forms = [rows, tuple(rows), Listed(rows), lambda model: Listed(rows)]
     if rows is ITEMS:
         forms += [[(ids.tolist(), n) for ids, n in ITEMS],
@@ -2483,22 +2411,20 @@ BAD_PAIRS = [("abc", "abc"), (7, "7"), (None, "None"), (dict(prompt="a", chosen=
 
 @every_data_field
 def test_the_first_bad_entry_of_a_data_set_is_named(kind, field, rows):
-    """What is no data set, and an entry that cannot be used, is refused before any work, by its data set, its
-    index and the reason, also if a function of the model returns it."""
+    """A wrong data set or entry is refused before any work, by its name, its index and the reason."""
     broken = [("abc", "str"), (b"abc", "bytes"), (7, "int"), ((row for row in rows), "generator"),
               (iter(rows), "list_iterator"), (set(WORDS), "set"), ({"a": rows[0]}, "dict"), ([], "empty")]
     bad_entries = {"prompt_dataset": BAD_PROMPTS, "pair_dataset": BAD_PAIRS}.get(field, BAD_ITEMS)
     broken += [([*rows[:3], bad, None], rf"\b3\b.*{words}") for bad, words in bad_entries]
     for dataset, words in broken:
         for form in (dataset, lambda model: dataset):
-            found = refusal(lambda: [stage(kind, **{field: form})], model=limited(30))
+            found = refusal(lambda: [stage(kind, **{field: form})], model=limited(Tiny(), 30))
             assert re.search(rf"{field}.*{words}", found), (dataset, found)
             assert "3" not in words or f"stage 0 ({kind})" in found
 
 
 def test_a_prompt_may_be_empty():
-    """The first token is predicted from nothing, so a prompt of none trains as one of one token, and as
-    loss_on_prompt does."""
+    """An empty prompt trains as a prompt of one token does, and as loss_on_prompt does."""
     none, one = (run([stage("sft", train_dataset=[(ids, n) for ids, _ in ITEMS])])[1] for n in (0, 1))
     same([none, run([stage("sft", loss_on_prompt=True)])[1]], [one, one])
 
@@ -2511,18 +2437,21 @@ def test_padding_is_not_trained_on():
     close(record["loss"], expected, 1e-6)
 
 
-def test_the_loss_sees_eos():
-    """After training on "bc" -> "ad" the model says just that, and then EOS."""
-    model, item = Tiny(dim=8), TEXT.item("bc", "ad")
-    run([stage("sft", train_dataset=[item], steps=80, learning_rate=0.05)], model)
-    said = srlm.sample(model, [TEXT.prompt_ids("bc")], max_new_tokens=9, temperature=0, eos_id=8)
-    assert said[0].tolist() == [0, 3, 8]
+@pytest.mark.parametrize("eos_id", [0, 8])
+def test_the_loss_sees_eos(eos_id):
+    """After training on "bc" -> "ad" the model says just that, and then EOS, even if EOS is id 0."""
+    shift = int(eos_id == 0)  # a letter whose id is that of EOS cannot be said
+    text = dataclasses.replace(TEXT, encode=lambda text: [i + shift for i in ENCODE(text)], eos_id=eos_id)
+    model, item = Tiny(dim=8), text.item("bc", "ad")
+    run([stage("sft", train_dataset=[item], steps=80, learning_rate=0.05)], model, eos_id=eos_id)
+    said = srlm.sample(model, [text.prompt_ids("bc")], max_new_tokens=9, temperature=0, eos_id=eos_id)
+    assert said[0].tolist() == [shift, 3 + shift, eos_id]
 
 
 def test_no_item_comes_again_before_all_have_come():
     """Of 7 items in batches of 3, none is seen twice in 2 updates, and each is seen 3 times in 7 updates."""
     for steps in (2, 7):
-        run([stage("sft", steps=steps)], model := Watched())
+        run([stage("sft", steps=steps)], model := Watched(Tiny()))
         texts = [ids.tolist()[:-1] for ids, _ in ITEMS]  # the model is not shown the last token
         counts = [sum(seen[: len(text)] == text for seen in model.trained) for text in texts]
         assert sum(counts) == 3 * steps and set(counts) <= ({0, 1} if steps == 2 else {3})
@@ -2581,9 +2510,7 @@ def test_mock_data_sets():
     assert srlm.create_mock_dataset(3, itertools.count().__next__) == [0, 1, 2]
 
 
-# ================================================================================================
-# 11. Early stopping and history
-# ================================================================================================
+# 11. Early stopping and history -------------------------------------------------------------------
 
 
 def early_stopping_rule(values, mode, patience):
@@ -2603,8 +2530,7 @@ def early_stopping_rule(values, mode, patience):
        st.sampled_from([float, torch.tensor, lambda x: x]))
 @example([NAN, 1, 3, 3, 2], "max", 2, 1, float)
 def test_early_stopping_follows_its_rule(values, mode, patience, every, form):
-    """A stage ends after `patience` evaluations in a row without a new best one, with the weights of the best
-    evaluation in the model and in the checkpoint."""
+    """A stage ends after `patience` evaluations without a new best one, and keeps its best weights."""
     seen, model = [], Tiny()  # seen: the weights at each evaluation
 
     def eval_fn(model):
@@ -2624,8 +2550,7 @@ def test_early_stopping_follows_its_rule(values, mode, patience, every, form):
 
 @given(st.integers(1, 9), st.integers(1, 4), st.booleans())
 def test_every_n_steps_is_n_2n_3n(steps, n, by_epochs):
-    """Evaluations and checkpoints come after n, 2n, 3n... updates; a shorter stage has one evaluation, at
-    its end, and max_epochs may end a stage before `steps` does."""
+    """Evaluations and checkpoints come after n, 2n, 3n... updates; a shorter stage is evaluated once."""
     seen, model = [], Tiny()
     length = dict(steps=99, max_epochs=(3 * steps - 1) / 7) if by_epochs else dict(steps=steps)
     config = stage("sft", checkpoint_every=n, eval_every=n, eval_mode="min",
@@ -2673,9 +2598,7 @@ def test_a_stage_reports_what_dpo_loss_says():
     close(second["rejected_logprob"], (now[1] - then[1]).mean(), 1e-4)
 
 
-# ================================================================================================
-# 12. Checkpoints and resuming
-# ================================================================================================
+# 12. Checkpoints and resuming ---------------------------------------------------------------------
 
 def except_at(call, good, bad):
     """A function that does what `good` does, and in one call, counted from 0, what `bad` does."""
@@ -2689,6 +2612,14 @@ EVERY_KIND = [stage(kind, replay_dataset=ITEMS) for kind in KINDS]
 undisturbed = functools.cache(lambda: run(EVERY_KIND, evaluate=draw))
 
 
+@functools.cache
+def older_run():
+    """The files, as bytes, of a run with another seed."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer(folder, EVERY_KIND[:3], seed=7)()
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("at", range(len(KINDS)))
 @pytest.mark.parametrize("where, what, words", [  # which function does what instead, and what is complained
@@ -2699,14 +2630,13 @@ undisturbed = functools.cache(lambda: run(EVERY_KIND, evaluate=draw))
     ("evaluate", lambda model: {(1, 2): 3}, r"stage \d \(.*\).*JSON"),
     ("fsync", failing(OSError(errno.ENOSPC, "No space left")), r"cannot write .*\.pt: No space left")])
 def test_a_run_that_broke_off_resumes_to_the_same_bits(where, what, words, at, overwrite, tmp_path):
-    """A resume goes on after the last finished stage of the run that broke off (not of an older run that was
-    being overwritten), and ends with the records, weights and files of an undisturbed run."""
+    """A resume goes on after the last finished stage of the last run, and ends as if nothing had happened."""
     records, expected, files = undisturbed()
     functions = dict(fit=srlm.fit, fsync=os.fsync, report=lambda record: None, evaluate=draw)
     call = 2 * at if where == "fsync" else at  # a stage is saved twice: before and after its evaluation
     functions[where] = except_at(call, functions[where], what)
-    if overwrite:
-        trainer(tmp_path, EVERY_KIND[:3], seed=7)()
+    for name, content in older_run().items() if overwrite else ():
+        (tmp_path / name).write_bytes(content)
     broken = trainer(tmp_path, EVERY_KIND, evaluate=functions["evaluate"], report=functions["report"])
     with (mock.patch.object(srlm, "fit", functions["fit"]),
           mock.patch.object(os, "fsync", functions["fsync"]),
@@ -2864,9 +2794,7 @@ def test_a_model_is_loaded_as_it_was_saved(tmp_path):
         srlm.load_model(tmp_path / "tiny" / "0.sft.pt")
 
 
-# ================================================================================================
-# Jobs: programs that run in the background
-# ================================================================================================
+# Jobs: programs that run in the background --------------------------------------------------------
 # A program that takes more than a few seconds is a job. When pytest starts, the fixture looks which
 # jobs the selected tests need, and two threads run them in their order, each in a process and
 # a folder of its own, while pytest works through the other tests. A test says with @needs which jobs
@@ -2885,8 +2813,7 @@ def calls(function):
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2 --no-python".split() + [sys.executable]
 JOBS = {  # in the order in which they run; arguments of python
     "quick": [SCRIPT, "--quick", "--checkpoints", "run"],
-    "together": TORCHRUN + calls("train_every_kind"),
-    "killed": TORCHRUN + calls("train_until_one_dies"),
+    "together": TORCHRUN + calls("train_until_one_dies"),
     "resumed": calls("resume_the_quick_run"),
     "readme": calls("run_the_readme"),
     "notebook": calls("run_the_notebook"),
@@ -2934,11 +2861,8 @@ def job(request, tmp_path_factory):
             process.terminate()
 
 
-# ================================================================================================
-# 13. Files and your own data
-# ================================================================================================
+# 13. Files and your own data ----------------------------------------------------------------------
 
-TIDY = r"(Sure: )?[a-h]*\.?"  # what a demonstrator writes
 read_rows = lambda path: srlm.read_jsonl(path, ["prompt", "score"])
 read_pairs = lambda path: srlm.load_pairs(path, TEXT)
 
@@ -3158,15 +3082,13 @@ def test_the_held_out_loss_is_cut_by_tokens(tmp_path):
         return forward(model, ids)
 
     files = own_files(tmp_path, sft=rows([f"say {i}" for i in range(400)], response="r" * 220))
-    argv = [*SMALL, *files, "--stages", "sft", "--checkpoints", str(tmp_path / "run"), "--eval-prompts", "6"]
+    argv = [*SMALL, *files, "--stages", "sft", "--checkpoints", str(tmp_path / "run"), "--eval-prompts", "4"]
     with mock.patch.object(srlm.Transformer, "forward", watched):
-        srlm.main(argv)  # 30 demonstrations are held out and measured, of 7,000 tokens together
+        srlm.main(argv)  # 20 demonstrations are held out and measured, of 4,600 tokens together
     assert max(sizes) <= 4096
 
 
-# ================================================================================================
-# 14. The command line
-# ================================================================================================
+# 14. The command line -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -3274,7 +3196,7 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(line, says, small, tmp_path,
 def test_spin_and_external_stages_run_from_the_command_line(tmp_path, capsys):
     """Other kinds of stages run too, every model has its line, and any seed below 2**64 can be used."""
     argv = ["--checkpoints", str(tmp_path), "--base-steps", "50", "--demonstrations", "99", "--stages",
-            "sft,spin,external", "--instructions", "sort,copy", "--seed", str(2**64 - 1)]
+            "sft,spin,external", "--instructions", "sort,copy", "--depth", "2", "--seed", str(2**64 - 1)]
     lines = srlm.main([*SHORT, *argv])
     assert [line.get("kind") for line in lines] == [None, "sft", "sft", "spin", "external-reward"]
     assert json.loads(json.dumps(lines)) == metrics(tmp_path)
@@ -3321,7 +3243,7 @@ def test_an_interrupt_is_one_line_and_exit_code_130(during, argv, advice, small,
     """Ctrl-C ends a command in one line; of a run it says how to resume, and an overwritten run is gone."""
     folder = shutil.copytree(small, tmp_path / "run")
     argv = [word.format(folder=folder) for word in argv.split()]
-    with mock.patch(during, interrupt), pytest.raises(SystemExit) as end:
+    with mock.patch(during, failing(KeyboardInterrupt)), pytest.raises(SystemExit) as end:
         srlm.main(argv if argv[0] == "ask" else [*SMALL, *argv])
     assert end.value.code == 130
     assert re.fullmatch(f"\nstopped{advice}\n", capsys.readouterr().err)
@@ -3329,18 +3251,20 @@ def test_an_interrupt_is_one_line_and_exit_code_130(during, argv, advice, small,
 
 
 @posix
-def test_a_world_gives_all_its_prompts_and_no_more(capsys):
+def test_a_world_gives_all_its_prompts_and_no_more(capsys, request):
     """A world gives each prompt that is not held out; an instruction named twice makes no more of them."""
     class Small(srlm.LetterWorld):
         letters, sizes = "abc", (2,)
 
-    with within(20):  # an endless loop is the likely fault
-        once, twice = Small(["copy", "sort"], n_eval=4), Small(["copy", "sort", "copy"], n_eval=4)
-        assert once.prompts(5, "x") == twice.prompts(5, "x")
-        assert len({*twice.prompts(8, "x"), *twice.eval_prompts}) == 12
-        with pytest.raises(ValueError, match=r"\b9\b.*\b8\b"):
-            twice.prompts(9, "x")
-        found = refused(capsys, "--instructions", "sort,sort", "--demonstrations", 30_000)
+    signal.signal(signal.SIGALRM, failing(TimeoutError("an endless loop?")))
+    signal.alarm(20)
+    request.addfinalizer(lambda: signal.alarm(0))
+    once, twice = Small(["copy", "sort"], n_eval=4), Small(["copy", "sort", "copy"], n_eval=4)
+    assert once.prompts(5, "x") == twice.prompts(5, "x")
+    assert len({*twice.prompts(8, "x"), *twice.eval_prompts}) == 12
+    with pytest.raises(ValueError, match=r"\b9\b.*\b8\b"):
+        twice.prompts(9, "x")
+    found = refused(capsys, "--instructions", "sort,sort", "--demonstrations", 30_000)
     assert re.search("30000.*28360", found)
 
 
@@ -3491,9 +3415,7 @@ def test_a_resumed_run_ends_in_the_same_numbers(job):
     same(one, two)
 
 
-# ================================================================================================
-# 15. Several processes
-# ================================================================================================
+# 15. Several processes ----------------------------------------------------------------------------
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun numbers its processes
 MANY = {"sft": {}, "dpo": {}, "spin": dict(train_dataset=ITEMS * 20),
@@ -3516,10 +3438,25 @@ def train_every_kind():
 
     stops = stage("sft", steps=9, eval_every=1, patience=2, eval_fn=value)
     record, = trainer("stops", [stops], Tiny())()
-    torch.save((runs, record["steps"], len(values)), f"rank {RANK}.pt")
     if "WORLD_SIZE" in os.environ:
         with pytest.raises(ValueError, match="batch_size=1 leaves some of 2 processes without"):
             trainer("small", [stage("sft", batch_size=1)], Tiny())()
+    torch.save((runs, record["steps"], len(values)), f"rank {RANK}.pt")
+
+
+def stages_with(reward):
+    return [stage("sft"), stage("external-reward", prompt_dataset=WORDS * 30, reward_model=reward)]
+
+
+def train_until_one_dies():
+    """What each process does next: the second is killed when it first asks for a reward."""
+    def reward(prompts, responses):
+        if RANK == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return ODD(prompts, responses)
+
+    train_every_kind()
+    trainer("run", stages_with(reward), Tiny())()
 
 
 def numbers(record):
@@ -3559,9 +3496,10 @@ def test_two_forked_processes_train_to_the_weights_of_one(tmp_path):
 @needs("together")
 def test_several_processes_train_to_the_weights_of_one(job, tmp_path, monkeypatch):
     """Two processes share each batch, evenly or not, and end with the same bits, and the weights of one."""
-    folder, _ = job("together")
+    folder, output = job("together", expected_code=1)  # in the end one process dies
     monkeypatch.chdir(tmp_path)
     train_every_kind()
+    assert (folder / "rank 1.pt").exists(), output[-3000:]
     paths = tmp_path / "rank 0.pt", folder / "rank 0.pt", folder / "rank 1.pt"
     (alone, *_), (first, *first_stop), (second, *second_stop) = map(torch.load, paths)
     for name, (record, state) in alone.items():
@@ -3574,25 +3512,11 @@ def test_several_processes_train_to_the_weights_of_one(job, tmp_path, monkeypatc
     assert not list(folder.rglob("*.tmp"))
 
 
-def stages_with(reward):
-    return [stage("sft"), stage("external-reward", prompt_dataset=WORDS * 30, reward_model=reward)]
-
-
-def train_until_one_dies():
-    """What each process does: the second is killed when it first asks for a reward."""
-    def reward(prompts, responses):
-        if RANK == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return ODD(prompts, responses)
-
-    trainer("run", stages_with(reward), Tiny())()
-
-
 @posix
-@needs("killed")
+@needs("together")
 def test_a_process_that_dies_ends_the_others_and_the_run_can_be_resumed(job, tmp_path):
     """If one process is killed all end, with an error, and the run can go on after the finished stage."""
-    folder, _ = job("killed", expected_code=1)
+    folder, _ = job("together", expected_code=1)
     assert os.listdir(folder / "run") == ["0.sft.pt"]
     model, undisturbed = Tiny(), Tiny()
     trainer(folder / "run", stages_with(ODD), model)(resume=True)
@@ -3600,18 +3524,19 @@ def test_a_process_that_dies_ends_the_others_and_the_run_can_be_resumed(job, tmp
     torch.testing.assert_close(weights(model), weights(undisturbed), atol=1e-5, rtol=1e-5)
 
 
-# ================================================================================================
-# 16. README and notebook
-# ================================================================================================
+# 16. README and notebook --------------------------------------------------------------------------
+
+
+def readme_blocks():
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def run_the_readme():
     """Runs the python blocks in order, each in a namespace of its own."""
-    text = (HERE / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    for number, block in enumerate(blocks, 1):
+    for number, block in enumerate(readme_blocks(), 1):
         exec(compile(block, f"README.md, python block {number}", "exec"), {"__name__": "__main__"})
-    print(f"{len(blocks)} blocks ran")
+    print(f"{number} blocks ran")
 
 
 def test_the_readme_names_tests_that_exist():
@@ -3661,11 +3586,10 @@ def test_the_notebook_is_stored_as_it_ran_and_runs_again(job):
     assert 2.5 < teacher < 3.5 and first < teacher + 0.3 and first + 0.3 < second < third + 0.5
 
 
-# ================================================================================================
-# 17. The grader
-# ================================================================================================
+# 17. The grader -----------------------------------------------------------------------------------
 
 HAND_IN = """
+import time
 from srlm import *
 
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta=0.1):
@@ -3675,12 +3599,9 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta=0
 def pick_best_worst(rewards):
     raise NotImplementedError
 
-def encode(text):
-    return [ord(letter) for letter in text]
-
 def top_k(logits, k):
     while True:
-        pass
+        time.sleep(1)
 
 class RewardConfig:
     def parse(self, reply):
@@ -3693,15 +3614,16 @@ class RewardConfig:
 
 
 def try_the_grader():
-    """Grades a hand-in of five functions, then audits the example of the README with three faults."""
+    """Grades hand-ins of five functions, then audits the example of the README with three faults."""
     global SECONDS, FAULTS
     SECONDS = 12
     Path("mine.py").write_text(HAND_IN)
-    print("exit code", main(["grade", "mine.py", "dpo_loss", "spin_loss"]))
+    Path("wrong.py").write_text("def encode(text):\n    return [ord(letter) for letter in text]\n")
+    Path("broken.py").write_text("def decode(:\n")
+    print("exit code", main(["grade", "wrong.py"]))
+    print("exit code", main(["grade", "mine.py", "broken.py", "dpo_loss", "spin_loss"]))
     FAULTS = "\n\n".join(FAULTS.strip("\n").split("\n\n")[:3])
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
-    example, = [block for block in blocks if "test_chain_rule_in_a_batch" in block]
+    example, = [block for block in readme_blocks() if "test_chain_rule_in_a_batch" in block]
     Path("my_tests.py").write_text(example)
     print("exit code", main(["audit", "my_tests.py"]))
 
@@ -3711,9 +3633,13 @@ def try_the_grader():
 def test_the_grader_tells_right_from_wrong(job):
     """A right function passes whatever its method, a wrong one fails with words, an endless one is stopped."""
     _, output = job("grader")
-    for line in (r"dpo_loss +3 of 3", "spin_loss +is not in mine.py", r"pick_best_worst +not written yet", r"encode +0 of 2", r"top_k +0 of 3",
+    for line in ("encode +0 of 2", "exit code 1", "dpo_loss +3 of 3", "spin_loss +is not in mine.py",
+                 "pick_best_worst +not written yet", "top_k +0 of 3",
                  r" +stopped after 12 s: an endless loop\?", r" +expected \| yours",
-                 r"RewardConfig.parse +2 of 8", r" +smallest counterexample: numbers=\['-1'\], between=''", "exit code 1", "my_tests.py: .* catch 3 of 3 faults", "exit code 0"):
+                 "RewardConfig.parse +2 of 8",
+                 r" +smallest counterexample: numbers=\['-1'\], between=''", "broken.py, line 1: ",
+                 "mine.py  1 of 5 units pass", "broken.py  cannot be graded", "exit code 2",
+                 "my_tests.py: .* catch 3 of 3 faults", "exit code 0"):
         assert re.search(f"^{line}", output, re.MULTILINE), f"{line}\n{output}"
 
 
@@ -3741,7 +3667,7 @@ def test_every_known_fault_is_caught(job):
 # which of them fail. `grade` puts the reader's function in the place of srlm's; `faults` and
 # `audit` plant one of thirty known faults.
 
-SECONDS = 60  # for one test; what takes longer is stopped as an endless loop
+SECONDS = 20  # for one test; what takes longer is stopped as an endless loop. The slowest takes 2.5 s of CPU
 NOT_WRITTEN = "not written yet"
 
 
@@ -3763,11 +3689,16 @@ class Messenger:
             self.report("import", ImportError(str(report.longrepr).splitlines()[-1]))
 
 
+# Half of the time of a short run of pytest goes into tracebacks, which nobody sees, and into
+# garbage collection, which looks for errors in destructors.
+QUICKLY = "-p no:cacheprovider -p no:unraisableexception -p no:threadexception --tb=no".split()
+
+
 def run_tests(path, names, report, *options):
     """Run tests of a file in this process, silently; all of its tests if no names are given."""
     tests = [f"{path}::{name}" for name in names] or [str(path)]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        pytest.main(["-p", "no:cacheprovider", *options, *tests], plugins=[Messenger(report)])
+        pytest.main([*QUICKLY, *options, *tests], plugins=[Messenger(report)])
 
 
 def run_in_process(change, path, names=()):
@@ -3795,6 +3726,7 @@ def run_in_process(change, path, names=()):
 
 
 def _work(sender, change, path, names):
+    gc.freeze()  # what the parent has imported is never garbage
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     os.environ["SRLM_PROFILE"] = "grade"  # the same examples for everyone
@@ -3832,9 +3764,7 @@ def words_of(error):
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------
-# The reader's functions in the place of srlm's
-# ------------------------------------------------------------------------------------------------
+# The reader's functions in the place of srlm's ----------------------------------------------------
 
 
 def part_of(module, unit):
@@ -3923,27 +3853,55 @@ def verdict_on(unit, found):
     return n_passed == len(names), lines
 
 
-def grade(path, *required):
-    """Your functions in the place of srlm's, under its tests. Exit code 0 if all that is written passes, and
-    if every unit named after the file is written."""
+def tried(function, *arguments):
+    """What the function returns, or 2, the exit code for a mistake of the user, after a line that names it."""
+    try:
+        return function(*arguments)
+    except SyntaxError as error:
+        print(f"{error.filename}, line {error.lineno}: {error.msg}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"test_srlm: {error}", file=sys.stderr)
+    return 2
+
+
+def grade_file(path, required):
+    """Print what is right and what is wrong. Returns of each unit True, False, or None: it is not written."""
     units = units_in(path)
     if not units:
         print(f"{path} defines none of the units; `units` lists them")
-    for unit in required:
-        if unit not in units:
-            print(f"{unit:<22}is not in {path}")
+    results = {unit: None for unit in required if unit not in units}
+    for unit in results:
+        print(f"{unit:<22}is not in {path}")
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(lambda unit: run_in_process((hand_in, path, unit), HERE / "test_srlm.py",
-                                                       UNITS[unit]), units)
-        passed = []
-        for unit, found in zip(units, results):
+        all_found = pool.map(lambda unit: run_in_process((hand_in, path, unit), HERE / "test_srlm.py",
+                                                         UNITS[unit]), units)
+        for unit, found in zip(units, all_found):
             if found.get("import") not in (None, NOT_WRITTEN):
                 raise ValueError(f"{path} cannot be imported: {' '.join(found['import'].split())}")
-            is_right, lines = verdict_on(unit, found)
+            results[unit], lines = verdict_on(unit, found)
             print(*lines, sep="\n", flush=True)
-            passed.append(is_right)
-    written = [unit for unit, is_right in zip(units, passed) if is_right is not None]
-    return 0 if written and all(unit in written for unit in required) and False not in passed else 1
+    return results
+
+
+def grade(path, *others):
+    """Your functions in the place of srlm's, under its tests. Exit code 0 if all that is written passes, and
+    if every unit named after the files is written."""
+    paths = [path, *(word for word in others if word.endswith(".py"))]
+    required, codes, summary = [word for word in others if word not in paths], [], []
+    for path in paths:
+        if len(paths) > 1:
+            print(f"\n{path}\n{'-' * len(path)}", flush=True)
+        results = tried(grade_file, path, required)
+        if results == 2:
+            codes.append(2)
+            summary.append(f"{path}  cannot be graded")
+            continue
+        verdicts, is_missing = list(results.values()), any(results[unit] is None for unit in required)
+        codes.append(int(is_missing or False in verdicts or True not in verdicts))
+        summary.append(f"{path}  {verdicts.count(True)} of {len(verdicts)} units pass")
+    if len(paths) > 1:
+        print("", *summary, sep="\n")
+    return max(codes)
 
 
 def check(written, unit=None):
@@ -3994,9 +3952,7 @@ def blank(*names):
         print("\n", *heading, *lines, f"{indent}raise NotImplementedError", sep="\n")
 
 
-# ------------------------------------------------------------------------------------------------
-# Thirty known faults
-# ------------------------------------------------------------------------------------------------
+# Thirty known faults ------------------------------------------------------------------------------
 # The faults of a well-known public implementation, each as an edit of srlm.py and the tests that
 # must catch it.
 
@@ -4128,7 +4084,7 @@ test_every_n_steps_is_n_2n_3n
 25 a logit filter may leave no token
 -    excluded[..., 0] = False
 +    pass
-test_top_p test_the_edges_of_the_filters
+test_top_p
 
 26 padding on the left stays in the prompt
 -            prompt = prompt[real[0] : real[-1] + 1] if len(real) else prompt[:0]
@@ -4232,22 +4188,15 @@ def main(argv):
     parser = argparse.ArgumentParser(prog="test_srlm.py", description=main.__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for function, argument in ((units, {}), (blank, {"nargs": "*", "metavar": "UNIT"}),
-                               (grade, {"nargs": "+", "metavar": "MINE.py [UNIT ...]"}), (faults, {}),
-                               (audit, {"metavar": "MY_TESTS.py"})):
+                               (grade, {"nargs": "+", "metavar": "MINE.py [MORE.py ...] [UNIT ...]"}),
+                               (faults, {}), (audit, {"metavar": "MY_TESTS.py"})):
         command = commands.add_parser(function.__name__, help=function.__doc__)
         command.set_defaults(function=function, arguments=[])
         if argument:
             command.add_argument("arguments", **argument)
     args = parser.parse_args(argv)
     arguments = [args.arguments] if isinstance(args.arguments, str) else args.arguments
-    try:
-        return args.function(*arguments)
-    except SyntaxError as error:
-        print(f"{error.filename}, line {error.lineno}: {error.msg}", file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as error:
-        print(f"test_srlm: {error}", file=sys.stderr)
-        return 2
+    return tried(args.function, *arguments)
 
 
 if __name__ == "__main__":
