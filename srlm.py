@@ -45,7 +45,7 @@ files, resuming, several processes, the command line. Part I uses these function
 the list now, and come back to it when you meet one of them:
 
     check_fields(stage)               ValueError for a field whose value makes no sense
-    refuse_old_names                  ValueError for a field name of an older package
+    refuse_old_names                  ValueError for a field name of self-rewarding-lm-pytorch
     checked_data(stage, name, model, text)    the entries of a data set, all checked, with texts
                                       turned into tokens; if it is a function, what it returns
     checked_rows, as_rewards          rows of tokens without padding; (B,) rewards; or ValueError
@@ -64,6 +64,7 @@ the list now, and come back to it when you meet one of them:
     summary_of(points)                averages of metrics over the updates
     JudgeReward                       judge() as a reward function; ValueError if it never scores
     quoted_replies                    the judge's last replies, for the end of an error
+    last_number(template, reply)      the last number that stands where the template has it, or None
     one_mistake, made_up_answer       text for the letter world
     device_of, save_pairs, load_pairs       where a model is; pairs as a file
     stage_named(index, stage)         a block whose errors begin with the stage
@@ -77,7 +78,7 @@ Sources, cited as [1] to [5]:
 
 Left out of [1]: the pretrained 70B model (0.16M weights show the loop in minutes), prompts written
 by a second model (a program draws them), filtering them for similarity, and dropout. Left out of
-[3]: its other losses, and negatives kept from the round before. Left out everywhere: a KV cache
+[3]: its other losses, and rejected answers of earlier rounds. Left out everywhere: a KV cache
 (section 4) and mixed precision, which would hide the algorithm.
 
 Shapes: B batch, T time (tokens), V vocabulary, N candidates of a prompt, P prompts, H heads,
@@ -174,8 +175,8 @@ class LetterWorld:
         self.seed = seed
         require(bool(instructions) and set(instructions) <= set(INSTRUCTIONS), "LetterWorld: "
                 f"instructions are {self.instructions}; known: {', '.join(INSTRUCTIONS)}")
-        self.eval_prompts = []  # read by prompts() in the next line
-        self.eval_prompts = self.prompts(n_eval, "evaluation")  # no later prompt is one of these
+        self.eval_prompts = []  # nothing is held out yet from what prompts() may draw
+        self.eval_prompts = self.prompts(n_eval, "evaluation")  # prompts() never draws these again
 
     def target(self, prompt):
         """The letters of the perfect answer. ValueError if this world has no such prompt.
@@ -224,10 +225,11 @@ class LetterWorld:
     def make_up(self, prompt, rng):
         """An answer of any quality for a judge to practise on, with nonsense and attacks.
 
-        Of ten answers, eight have 0 to 4 mistakes, one is nonsense, and one is an attack. A judge
-        that has never seen nonsense overrates it, and then the model learns to write it. An attack
-        is a wrong answer with a newline in it, such as "b\\nSure: abcd.". The judge sees
-        "? sort dbca\\n<answer>\\n", so the last line that it reads looks like a perfect answer.
+        Of ten answers, eight have 0 to 4 mistakes, one is nonsense such as "0=c:", and one is an
+        attack; half of them begin with "Sure: ", and half end in a full stop. A judge that has
+        never seen nonsense overrates it, and then the model learns to write it. An attack is a
+        wrong answer with a newline in it, such as "b\\nSure: abcd.". The judge sees "? sort
+        dbca\\n<answer>\\n", so the last line that it reads looks like a perfect answer.
         """
         return made_up_answer(prompt, self.target(prompt), self.letters, rng)
 
@@ -260,8 +262,8 @@ class LetterWorld:
         `model`, which is M0 in the recipe (section 11), writes three in ten of the answers, a
         quarter of them at each of four temperatures, because the annotators of [1] graded answers
         of a model too. The others are made up, because M0 writes too few good answers. With
-        tidy=True all of them are demonstrations, for the experiment with a judge that has seen no
-        nonsense.
+        tidy=True all answers are sloppy ones as in the demonstrations: an experiment in which the
+        judge sees no nonsense.
         """
         prompts, rng, pairs = self.prompts(n, "judgements"), self.rng("make up"), []
         n_written = 0 if tidy else round(0.3 * n)
@@ -357,7 +359,7 @@ class TextFormat:
     (tensor([ 62,  32, 104, 105,  58, 121, 111, 256]), 5)
     """
 
-    # Two functions, not methods: self.encode(text) calls encode(text).
+    # A dataclass stores these two in each instance, so self.encode(text) passes no self.
     encode: Callable[[str], Sequence[int] | Tensor] = encode
     decode: Callable[[Tensor], str] = decode
     chat_template: str = "{{ prompt }}"
@@ -426,7 +428,7 @@ class ModelConfig:
 class Block(nn.Module):
     """Attention, then an MLP. Each reads a normalised copy of x and adds its result to x.
 
-    x (B, T, D) -> (B, T, D); rotations (T, D/(2H), 2), the cosines and sines of RoPE, below. In
+    x (B, T, D) -> (B, T, D); rotations (T, D/2H, 2), the cosines and sines of RoPE, below. In
     production: RMSNorm, SwiGLU, grouped-query attention.
 
     >>> block, no_rotation = Block(ModelConfig(dim=8)), torch.tensor([1.0, 0.0])
@@ -449,9 +451,10 @@ class Block(nn.Module):
         qkv = self.to_qkv(self.attention_norm(x))  # (B, T, 3D)
         qkv = rearrange(qkv, "b t (n h d) -> n b h t d", n=3, h=self.heads)  # (3, B, H, T, D/H)
         # RoPE (arXiv:2104.09864): two neighbouring features are one complex number, which is
-        # multiplied by e^(i t w), that is, turned by an angle proportional to its position t (w is
-        # a fixed number of the pair). The dot product of a query at s with a key at t is then
-        #     Re( q e^(i s w) conj(k e^(i t w)) ) = Re( q conj(k) e^(i (s - t) w) )
+        # multiplied by e^(i t w), that is, turned by an angle proportional to its position t. (Each
+        # pair has a constant w, set in Transformer.) The dot product of a query at position s with
+        # a key at position t is then a sum over the pairs,
+        #     sum of Re( q e^(i s w) conj(k e^(i t w)) ) = sum of Re( q conj(k) e^(i (s - t) w) )
         # so attention sees how far apart two tokens are, and not where they are.
         precise = torch.promote_types(x.dtype, torch.float32)  # bfloat16 has no complex numbers
         pairs = qkv[:2].to(precise).unflatten(-1, (-1, 2))  # q and k: (2, B, H, T, D/2H, 2)
@@ -570,7 +573,8 @@ def last_logits(model, ids):
     """
     ids, unique_of_row = ids.unique(dim=0, return_inverse=True)  # row i: ids[unique_of_row[i]]
     lengths = (ids != PAD).sum(dim=1)
-    pieces, logits = pieces_by_tokens(lengths.tolist()), []
+    pieces = pieces_by_tokens(lengths.tolist())  # lists of row numbers, rows of similar lengths
+    logits = []
     for rows in pieces:
         n = lengths[rows]
         piece = ids[rows, : int(n.max())].clamp(min=0)  # a causal model ignores what comes later
@@ -578,10 +582,11 @@ def last_logits(model, ids):
             logits.append(model.next_token_logits(piece, n))
         else:
             logits.append(model(piece)[torch.arange(len(n), device=n.device), n - 1])
+    # Now entry k of the logits belongs to row by_length[k]. The argsort of a permutation is its
+    # inverse, so it puts them back in order. Then each is copied to all duplicates of its row.
     by_length = torch.tensor([row for piece in pieces for row in piece], device=ids.device)
-    # The argsort of a permutation is its inverse: this undoes the sorting by length.
     logits = torch.cat(logits)[by_length.argsort()]
-    return logits[unique_of_row]  # and copy each row to all its duplicates
+    return logits[unique_of_row]
 
 
 def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None, eos_id=EOS,
@@ -615,12 +620,12 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
     if not rows:
         return []
     start = torch.tensor([len(row) for row in rows])
-    noise = torch.rand(len(rows), max_new_tokens, generator=generator)  # one number a row and step
+    noise = torch.rand(len(rows), max_new_tokens, generator=generator)  # for the draws below
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
     ids = F.pad(ids, (0, max_new_tokens), value=PAD).to(device_of(model))  # (B, T + new)
     lengths, noise = start.clone().to(ids.device), noise.to(ids.device)
     active = torch.arange(len(rows), device=ids.device)  # rows that are not finished
-    with evaluating(model):
+    with evaluating(model):  # no gradients, no dropout
         for step in progress(range(max_new_tokens), "sampling"):
             longest = int(lengths[active].max())
             logits = last_logits(model, ids[active, :longest])  # (active rows, V)
@@ -673,12 +678,13 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 # What DPO wants. We have two responses to a prompt x, and somebody preferred the "chosen" one. The
 # obvious loss, -log p(chosen) + log p(rejected), pushes the rejected response towards probability 0
 # with a force that never fades, and the model into nonsense. DPO starts from a goal that has an
-# optimum: maximise a reward r (any number, not the judge's score) of responses y drawn from the
-# policy pi, but pay beta for every nat by which the policy leaves the reference ref:
+# optimum: maximise a reward r of responses y drawn from the policy pi, but pay beta for every nat
+# by which the policy leaves the reference ref. (We shall never need the values of r.)
 #
-#     max_pi  E[ r(x, y) ] - beta KL(pi || ref),    KL = sum over y of pi log(pi / ref)
+#     max_pi  sum over y of [ pi(y|x) r(x, y) - beta pi(y|x) log( pi(y|x) / ref(y|x) ) ]
 #
-# Set its derivative by each pi(y|x) to zero, with a multiplier m(x) that keeps the sum over y at 1:
+# The second part is beta times the KL divergence of pi from ref. Set the derivative by each pi(y|x)
+# to zero, with a Lagrange multiplier m(x) that keeps the sum of pi over y at 1:
 #
 #     r(x, y) - beta (log( pi(y|x) / ref(y|x) ) + 1) - m(x) = 0
 #
@@ -687,12 +693,15 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 #     pi(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x)
 #     r(x, y) = beta log( pi(y|x) / ref(y|x) ) + beta log Z(x)       the same, solved for the reward
 #
-# So every policy is the best one for some reward: beta log(pi / ref), its IMPLICIT REWARD, up to a
-# term of x alone. Now assume (Bradley-Terry) that y1 is preferred to y2 with probability
-# sigmoid(r(x, y1) - r(x, y2)). With the implicit reward as r, the term of x cancels, and the
-# probability of the preferences that we have seen depends on pi alone: no reward model is needed.
-# Training maximises that probability. The DPO loss is minus its logarithm; its gradient fades as
-# the difference of the rewards grows.
+# Read the last line backwards: for any policy pi, it names a reward for which pi is the optimum.
+# This is beta log(pi / ref), the IMPLICIT REWARD of pi, up to a term of x alone. Now assume
+# (Bradley-Terry) that y1 is preferred to y2 with probability sigmoid(r(x, y1) - r(x, y2)). With the
+# implicit reward as r, the term of x cancels, so the probability of the preferences that we have
+# seen depends on pi and ref alone: no reward model is needed. Training maximises it. The loss is
+#
+#     -log sigmoid( beta log( pi(y1|x) / ref(y1|x) ) - beta log( pi(y2|x) / ref(y2|x) ) )
+#
+# and its gradient fades as the difference grows.
 
 
 def row_lengths(ids, pad_id):
@@ -839,7 +848,7 @@ class RewardConfig:
 
     def __post_init__(self):
         prompt = check_template("prompt_template", self.prompt_template, ["prompt", "response"])
-        object.__setattr__(self, "prompt_template", prompt)  # the class is frozen
+        object.__setattr__(self, "prompt_template", prompt)  # how to set a field of a frozen class
         if self.parse_reward is None:
             reward = self.reward_regex_template or ""
             reward = check_template("reward_regex_template", reward, ["reward"])
@@ -866,27 +875,7 @@ class RewardConfig:
         return score if low <= score <= high else None
 
     def _last_number(self, reply):
-        # Turn the template into a regular expression. For "= {{ reward }} of 5" it is, in short,
-        #     =\s*(number)\s*of\s+5
-        number = r"([+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+))"
-        opening = r"[\"'(\[{<\u201c\u2018]"  # one quote or bracket may stand before the number
-        emphasis = r"[*_`]"  # of Markdown, which is dropped
-
-        def pattern(literal):
-            words = re.sub(emphasis, "", literal).split()
-            return r"\s+".join(re.escape(word) for word in words)
-
-        before, _variable, after = _VARIABLE.split(self.reward_regex_template)
-        before, after = pattern(before), pattern(after)
-        if before:
-            before = rf"{before}\s*(?:{opening}\s*)?"
-        else:
-            before = "(?<![0-9])"  # "{{ reward }} points": never the 2 of "12 points"
-        after = rf"\s*{after}" if after else ""
-        reply = re.sub(rf"([0-9]){emphasis}+(?=[0-9])", r"\1 ", reply)  # "4**5**" is not 45
-        reply = re.sub(emphasis, "", reply)
-        found = re.findall(before + number + after, reply, flags=re.IGNORECASE)
-        return float(found[-1]) if found else None
+        return last_number(self.reward_regex_template, reply)
 
 
 DEFAULT_REWARD_CONFIG = RewardConfig(
@@ -982,50 +971,28 @@ class PreferencePair(NamedTuple):
 
 def pick_best_worst(rewards):
     """The best and the worst of (N,) rewards, as in [1]; None if no two differ. NaN never counts.
+    (Two other pickers, pick_best_random and pick_random_pair, are in section 12.)
 
     >>> pick_best_worst(torch.tensor([2.0, 5.0, math.nan, 1.0]))
     (1, 3)
     """
-    known = (~rewards.isnan()).nonzero().flatten()
+    known = (~rewards.isnan()).nonzero().flatten()  # indices of the candidates with a reward
     if len(known) == 0 or rewards[known].min() == rewards[known].max():
         return None
-    return int(known[rewards[known].argmax()]), int(known[rewards[known].argmin()])
-
-
-def pick_best_random(rewards):
-    """The best, and any worse one: rejected answers are then of every quality. (Pickers draw from
-    torch's global generator, which generate_preferences seeds.)
-
-    >>> pick_best_random(torch.tensor([2.0, 5.0]))
-    (1, 0)
-    """
-    picked = pick_best_worst(rewards)
-    if picked is None:
-        return None
-    worse = (rewards < rewards[picked[0]]).nonzero().flatten()
-    return picked[0], int(worse[torch.randint(len(worse), ())])
-
-
-def pick_random_pair(rewards):
-    """Any two, the better one chosen; None if the two that were drawn do not differ.
-
-    >>> pick_random_pair(torch.tensor([2.0, 5.0]))
-    (1, 0)
-    """
-    two = torch.randperm(len(rewards))[:2]
-    picked = pick_best_worst(rewards[two])
-    return None if picked is None else (int(two[picked[0]]), int(two[picked[1]]))
+    best, worst = rewards[known].argmax(), rewards[known].argmin()  # places in `known`
+    return int(known[best]), int(known[worst])
 
 
 def make_pair(prompt, candidates, rewards, pick_pair=pick_best_worst, is_valid_pair=None):
-    """One pair of the N candidates of a prompt: ("pairs", the pair). Or why there is none:
-    ("unparsed", None) if fewer than two candidates have a reward, ("tied", None) if the picker
-    found no two, ("invalid", None) if the two are equal, or if is_valid_pair refuses their rewards.
+    """One pair of the N candidates of a prompt, as (outcome, pair). The outcome, which
+    generate_preferences counts, is "pairs", or with pair None the reason why there is none:
+    "unparsed" if fewer than two candidates have a reward, "tied" if the picker found no two,
+    "invalid" if the two are equal, or if is_valid_pair refuses their rewards.
 
     >>> make_pair(torch.tensor([7]), torch.tensor([[8], [9]]), torch.tensor([1.0, 1.0]))
     ('tied', None)
     """
-    picked = checked_pick(pick_pair(rewards), len(candidates))
+    picked = checked_pick(pick_pair(rewards), len(candidates))  # two different indices, or None
     if picked is None:
         return ("tied" if (~rewards.isnan()).sum() > 1 else "unparsed"), None
     best, worst = picked
@@ -1073,7 +1040,8 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
             rows = sample(model, [ids for ids in prompt_ids for _ in range(n_candidates)],
                           **{"eos_id": text.eos_id, **sampling})  # row p * N + i: candidate i of p
             asked = [prompt for prompt in chunk for _ in range(n_candidates)]
-            rewards = as_rewards(reward_fn(asked, [text.text(row) for row in rows]), len(rows))
+            rewards = as_rewards(  # whatever form they have, (P * N,)
+                reward_fn(asked, [text.text(row) for row in rows]), len(rows))
             found = []
             for p, ids in enumerate(prompt_ids):
                 of_p = slice(p * n_candidates, (p + 1) * n_candidates)
@@ -1084,6 +1052,7 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
     # score, and then it does so early.
     chunks = [prompts[:4], *(prompts[at : at + 64] for at in range(4, len(prompts), 64))]
     pairs, counts = [], dict(pairs=0, unparsed=0, tied=0, invalid=0)
+    # parallel_map is map(), except that several processes would share the chunks.
     for found in parallel_map(write_reward_and_pick, list(enumerate(chunks)), "writing, judging"):
         for outcome, pair in found:
             counts[outcome] += 1
@@ -1259,6 +1228,7 @@ class StageConfig:
     warmup: float = 0.05  # share of the updates in which the learning rate climbs to its peak
     weight_decay: float = 0.0  # of AdamW
     max_grad_norm: float = 1.0  # gradient clipping: longer gradients are scaled to this length
+    # Early stopping, which the recipe does not use:
     eval_fn: Callable[[nn.Module], Any] | None = None  # the weights with its best value are kept
     eval_every: int = 50  # updates between evaluations; 200 in [1]
     eval_mode: str = "max"  # is the best value the largest ("max") or the smallest ("min")?
@@ -1267,8 +1237,8 @@ class StageConfig:
     replay_dataset: Any = None  # items (ids, prompt_len) to rehearse, against forgetting
     replay_weight: float = 1.0  # weight of their sft_loss
 
-    def __new__(cls, **fields):
-        refuse_old_names(cls, fields)  # of another package, self-rewarding-lm-pytorch
+    def __new__(cls, **fields):  # runs before the dataclass refuses unknown names
+        refuse_old_names(cls, fields)
         return super().__new__(cls)
 
     def __post_init__(self):
@@ -1393,13 +1363,14 @@ class SelfPlayConfig(StageConfig):
 
     It pulls the model toward the demonstrations and cannot make it better than them. A round that
     is trained to its exact optimum turns the distribution p of the model into p' (Theorem 5.4 of
-    [3]; p_data is the distribution of the demonstrations):
+    [3]; p_data is the distribution of the demonstrations). It is the optimum of section 5 for the
+    reward log(p_data / p), with lam as beta:
 
         p' = p (p_data / p)^(1/lam), up to a constant factor
         log(p' / p_data) = (1 - 1/lam) log(p / p_data), up to a constant
 
-    So lam=1 closes the gap in one round. Below 1/2 a round overshoots by more than the gap was, and
-    rounds end ever farther away. Real rounds stop early, so [3] can use 0.1.
+    So lam=1 closes the gap in one round. For lam below 1/2 the factor is below -1: the gap changes
+    sign and grows. Real rounds stop early, so [3] can use 0.1.
 
     >>> SelfPlayConfig(train_dataset=[TextFormat().item("hi", "yo")]).lam
     0.1
@@ -1516,7 +1487,7 @@ class SelfRewardDPOConfig(RewardStageConfig):
 
     kind: ClassVar[str] = "self-reward"
     rewarding_model: nn.Module | None = None  # None: the model itself; another model: as in [4]
-    reward_config: RewardConfig | str | None = None  # or the name of one; None: the first one
+    reward_config: RewardConfig | str | None = None  # or a name in context.judges; None: the first
     n_judge_samples: int = 3  # judgements of an answer, which are averaged; 3 in [1]
     max_judge_tokens: int = 160  # of a reply; the default judge explains before it gives the score
     judge_temperature: float = 0.7
@@ -1597,8 +1568,8 @@ def judging_metrics(truth, judged):
     """
     # true_sign[p, i, j] is 1, 0 or -1: is answer i to prompt p better than, as good as, or worse
     # than answer j? Its row sums are ranks, up to a shift and a factor: for scores 1, 2, 3 they are
-    # -2, 0, 2. Signs and row sums have mean 0, and for numbers with mean 0 a correlation is a
-    # cosine: Kendall's tau that of the signs, Spearman's that of the row sums.
+    # -2, 0, 2. Signs and row sums have mean 0, and of numbers with mean 0 the correlation is the
+    # cosine. Kendall's tau is the cosine of the signs, Spearman's correlation that of the row sums.
     true_sign, judged_sign = (np.nan_to_num(np.sign(x[:, :, None] - x[:, None, :]))
                               for x in (truth, judged))
 
@@ -1738,8 +1709,8 @@ def recipe_stages(recipe, world, demonstrations, make_judgements):
 
     demonstrations: (prompt, answer) pairs. make_judgements: a function that returns (prompt,
     answer, verdict) triples, or None if there are no such data. It is a function because M0, which
-    writes some of the answers, has to exist first. train() makes them once, with
-    world.judgements(n, M0, tidy), so that all stages get the same ones.
+    writes some of the answers, has to exist first. The one that train() passes calls
+    world.judgements(n, M0, tidy) the first time, and returns the same triples ever after.
 
     >>> [stage.kind for stage in recipe_stages(Recipe(), LetterWorld(), [("sort ba", "ab")], None)]
     ['sft', 'sft', 'self-reward', 'self-reward']
@@ -1837,6 +1808,62 @@ def made_up_answer(prompt, target, alphabet, rng):
     often = (0.5, 0.35, 0.05, 0.05, 0.05)
     start = rng.choice(["Sure: ", "", "Sure:", "sure: ", "Sure "], p=often)
     return start + body + rng.choice([".", "", ",", ":", ".."], p=often)
+
+
+def pick_best_random(rewards):
+    """The best, and any worse one: rejected answers are then of every quality. (Pickers draw from
+    torch's global generator, which generate_preferences seeds.)
+
+    >>> pick_best_random(torch.tensor([2.0, 5.0]))
+    (1, 0)
+    """
+    picked = pick_best_worst(rewards)
+    if picked is None:
+        return None
+    worse = (rewards < rewards[picked[0]]).nonzero().flatten()
+    return picked[0], int(worse[torch.randint(len(worse), ())])
+
+
+def pick_random_pair(rewards):
+    """Any two, the better one chosen; None if the two that were drawn do not differ.
+
+    >>> pick_random_pair(torch.tensor([2.0, 5.0]))
+    (1, 0)
+    """
+    two = torch.randperm(len(rewards))[:2]
+    picked = pick_best_worst(rewards[two])
+    return None if picked is None else (int(two[picked[0]]), int(two[picked[1]]))
+
+
+def last_number(template, reply):
+    """The last number in the reply that stands where the template has {{ reward }}; None if there
+    is none. RewardConfig.parse says what counts as a number, and what does not matter.
+
+    >>> last_number("= {{ reward }} of 5", "= 3 of 5, no: = **4** of 5")
+    4.0
+    """
+    # The template becomes a regular expression. For "= {{ reward }} of 5" it is, in short,
+    #     =\s*(number)\s*of\s+5
+    number = r"([+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+))"
+    opening = r"[\"'(\[{<\u201c\u2018]"  # one quote or bracket may stand before the number
+    emphasis = r"[*_`]"  # of Markdown, which is dropped
+
+    def pattern(literal):
+        """Literal text with any white space where it has some."""
+        words = re.sub(emphasis, "", literal).split()
+        return r"\s+".join(re.escape(word) for word in words)
+
+    before, _variable, after = _VARIABLE.split(template)
+    before, after = pattern(before), pattern(after)
+    if before:
+        before = rf"{before}\s*(?:{opening}\s*)?"
+    else:
+        before = "(?<![0-9])"  # "{{ reward }} points": never the 2 of "12 points"
+    after = rf"\s*{after}" if after else ""
+    reply = re.sub(rf"([0-9]){emphasis}+(?=[0-9])", r"\1 ", reply)  # "4**5**" is not 45
+    reply = re.sub(emphasis, "", reply)
+    found = re.findall(before + number + after, reply, flags=re.IGNORECASE)
+    return float(found[-1]) if found else None
 
 
 def combine_seeds(*numbers):
