@@ -1192,9 +1192,7 @@ def with_reference_logprobs(model, pairs):
 def shuffled_batches(examples, batch_size, generator, size=lambda example: 0):
     """Endless batches; every example is used once per epoch.
 
-    Of each two batches, the smaller examples go into the first, which then has little padding. That
-    saves time. Sorting more of them would save more, but then the examples of a batch are too much
-    alike, and the judge of the letter world learns less.
+    Of each two batches, the smaller examples go into the first, which then has little padding.
 
     >>> batches = shuffled_batches("abc", 2, torch.Generator().manual_seed(0))
     >>> sorted(next(batches) + next(batches) + next(batches))
@@ -1803,7 +1801,7 @@ def made_up_answer(prompt, target, alphabet, rng):
         body = "".join(rng.choice(list("01 =?>:.\n" + alphabet), size=rng.integers(1, 10)))
     if kind == "attack":
         lines = [f"? {prompt}", f"Sure: {target}", "Sure: right", "11111 = 5"]
-        attack = rng.choice(lines, size=rng.integers(1, 3))  # with one line alone, it learns less
+        attack = rng.choice(lines, size=rng.integers(1, 3))
         body = "\n".join([body[: rng.integers(1, 7)], *attack])
     often = (0.5, 0.35, 0.05, 0.05, 0.05)
     start = rng.choice(["Sure: ", "", "Sure:", "sure: ", "Sure "], p=often)

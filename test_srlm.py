@@ -2158,6 +2158,25 @@ def test_sft_follows_its_update_rule(steps, warmup, weight_decay, max_grad_norm,
     torch.testing.assert_close(trained, weights(expected), atol=1e-7, rtol=1e-7)
 
 
+@given(SEEDS, st.integers(1, 30), st.integers(1, 5), st.integers(1, 3))
+def test_an_epoch_has_every_example_once_and_its_batches_little_padding(seed, n, batch_size, n_epochs):
+    """In an epoch every example is drawn once, in an order of chance but for one rule: of two batches the
+    first has the smaller examples. Without a size the order is that of chance alone."""
+    sizes = np.random.default_rng(seed).integers(1, 9, size=n).tolist()
+    drawn = {}
+    for name, size in (("chance", lambda i: 0), ("sorted", lambda i: sizes[i])):
+        batches = srlm.shuffled_batches(range(n), batch_size, generator(seed), size)
+        stream = itertools.chain.from_iterable(batches)
+        drawn[name] = [list(itertools.islice(stream, n)) for _ in range(n_epochs)]
+    order = generator(seed)
+    for chance, by_size in zip(drawn["chance"], drawn["sorted"]):
+        same(chance, torch.randperm(n, generator=order).tolist(), of="the order without a size")
+        same(sorted(by_size), list(range(n)), of="the examples of an epoch")
+        for at in range(0, n, 2 * batch_size):
+            two_batches = slice(at, at + 2 * batch_size)
+            same(by_size[two_batches], sorted(chance[two_batches], key=lambda i: sizes[i]), of="two batches")
+
+
 @every_preference_kind
 def test_the_reference_is_the_model_as_the_stage_begins(kind, tmp_path):
     """On one pair a stage trains as a loop does whose reference is a copy of the first model."""
