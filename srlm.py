@@ -41,33 +41,9 @@ To run it on a CPU:
     python srlm.py ask checkpoints/3.self-reward.pt "sort dbca"
 
 Part I is the algorithm, in the order in which one would teach it. Part II is engineering: checks,
-files, resuming, several processes, the command line. Part I uses these functions of Part II; skip
-the list now, and come back to it when you meet one of them:
-
-    check_fields(stage)               ValueError for a field whose value makes no sense
-    refuse_old_names                  ValueError for a field name of self-rewarding-lm-pytorch
-    checked_data(stage, name, model, text)    the entries of a data set, all checked, with texts
-                                      turned into tokens; if it is a function, what it returns
-    checked_rows, as_rewards          rows of tokens without padding; (B,) rewards; or ValueError
-    checked_pick                      two different candidates, or ValueError
-    evaluating(model)                 a block without gradients and in evaluation mode
-    seeded(*numbers), combine_seeds   a block whose random draws depend on these numbers alone;
-                                      then torch's generator goes on as if it had not been
-    pieces_by_tokens(lengths)         row numbers sorted by length, in pieces of bounded size
-    progress(steps, title)            steps, with a progress bar
-    parallel_map(f, items, title)     map(f, items), lazily; several processes would share the items
-    on_rank_zero(f)                   f(); one of several processes would call it for all
-    sum_over_processes(x)             x, in a single process
-    sum_gradients_over_processes(w)   does nothing in a single process
-    rank_and_world_size()             (0, 1) in a single process
-    EarlyStopping                     measures, keeps the best weights, says when to stop
-    summary_of(points)                averages of metrics over the updates
-    JudgeReward                       judge() as a reward function; ValueError if it never scores
-    quoted_replies                    the judge's last replies, for the end of an error
-    last_number(template, reply)      the last number that stands where the template has it, or None
-    one_mistake, made_up_answer       text for the letter world
-    device_of, save_pairs, load_pairs       where a model is; pairs as a file
-    stage_named(index, stage)         a block whose errors begin with the stage
+files, resuming, several processes, the command line. Where Part I calls a function of Part II, its
+name or a comment says what it does. Functions called checked_... or check_... raise ValueError for
+a user's mistake.
 
 Sources, cited as [1] to [5]:
     [1] arXiv:2401.10020  Self-Rewarding Language Models: the loop, its judge, its figures
@@ -219,7 +195,7 @@ class LetterWorld:
         that imitates them scores 3 too: relevant, complete, ordered, without "Sure: " and "."."""
         body = self.target(prompt)
         for _ in range(rng.choice(3, p=(0.5, 0.3, 0.2))):  # 0, 1 or 2 mistakes
-            body = one_mistake(body, self.letters, rng)
+            body = one_mistake(body, self.letters, rng)  # two letters swapped, one lost or inserted
         return ("Sure: " if rng.random() < 0.3 else "") + body + ("." if rng.random() < 0.3 else "")
 
     def make_up(self, prompt, rng):
@@ -614,7 +590,7 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
     [tensor([3, 4, 5]), tensor([255, 256])]
     """
     limit = getattr(model, "max_seq_len", math.inf)
-    rows = checked_rows(prompts, pad_id, limit)  # a list of 1-D rows without padding
+    rows = checked_rows(prompts, pad_id, limit)  # 1-D rows without padding, not too long
     require(max_new_tokens >= 1, f"sample: max_new_tokens={max_new_tokens} is not 1 or more")
     require(temperature >= 0, f"sample: temperature={temperature} is not 0 or more")
     if not rows:
@@ -622,11 +598,12 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
     start = torch.tensor([len(row) for row in rows])
     noise = torch.rand(len(rows), max_new_tokens, generator=generator)  # for the draws below
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+    # device_of says where the weights of a model are, "cpu" or "cuda".
     ids = F.pad(ids, (0, max_new_tokens), value=PAD).to(device_of(model))  # (B, T + new)
     lengths, noise = start.clone().to(ids.device), noise.to(ids.device)
     active = torch.arange(len(rows), device=ids.device)  # rows that are not finished
     with evaluating(model):  # no gradients, no dropout
-        for step in progress(range(max_new_tokens), "sampling"):
+        for step in progress(range(max_new_tokens), "sampling"):  # with a progress bar
             longest = int(lengths[active].max())
             logits = last_logits(model, ids[active, :longest])  # (active rows, V)
             logits = logits / temperature if temperature > 0 else logits
@@ -1035,7 +1012,7 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
     def write_reward_and_pick(numbered):
         """The (outcome, pair) of each prompt of a chunk."""
         number, chunk = numbered
-        with seeded(seed, number):  # no draw depends on which process has which chunk
+        with seeded(seed, number):  # all draws in this block depend on these two numbers alone
             prompt_ids = [text.prompt_ids(prompt) for prompt in chunk]
             rows = sample(model, [ids for ids in prompt_ids for _ in range(n_candidates)],
                           **{"eos_id": text.eos_id, **sampling})  # row p * N + i: candidate i of p
@@ -1257,7 +1234,9 @@ def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
     >>> record["history"][0]["loss"] > 5, record["loss"] < 1
     (True, True)
     """
-    rank, world_size = rank_and_world_size()  # (0, 1) unless several processes share the work
+    # Several processes may share the work. In a single one, rank is 0 and world_size is 1, and the
+    # functions called sum_... change nothing.
+    rank, world_size = rank_and_world_size()
     generator = torch.Generator().manual_seed(seed)
     parameters = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=config.weight_decay,
@@ -1294,7 +1273,7 @@ def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
         if stopping.is_due(step, steps) and stopping.look(model):  # evaluate; is it time to stop?
             break
     stopping.restore(model)  # the weights with the best evaluation, if there was any
-    return {"steps": step, **summary_of(points)}
+    return {"steps": step, **summary_of(points)}  # means, and at most 50 points of the history
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1331,6 +1310,7 @@ def minimise(model, objective, stage, context):
     """
     objectives = [objective]
     if stage.replay_dataset is not None and stage.replay_weight > 0:
+        # The entries of the data set, all checked. If it is a function of the model, it is called.
         items = checked_data(stage, "replay_dataset", model, context.text)
         objectives.append(sft_objective(items, stage.replay_weight))
     return fit(model, objectives, stage, seed=context.seed, after_update=context.after_update)
@@ -1466,6 +1446,7 @@ def preference_round(model, reward_fn, config, context):
         seed=context.seed, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
         logit_filter=config.logit_filter)
     if config.pairs_file is not None:
+        # As JSON lines, written by one process.
         on_rank_zero(lambda: save_pairs(config.pairs_file, pairs, context.text))
     # Freeze the reference: M_t.
     pairs = with_reference_logprobs(model, pairs)
@@ -1534,7 +1515,7 @@ def run_stages(model, stages, context, first=0):
     """
     for index in range(first, len(stages)):
         seed = combine_seeds(context.seed, index)
-        with stage_named(index, stages[index]), seeded(seed):
+        with stage_named(index, stages[index]), seeded(seed):  # errors begin with the stage
             record = stages[index].run(model, context._replace(seed=seed))
         yield {"stage": index, "kind": stages[index].kind, **record}
 
