@@ -210,7 +210,7 @@ class LetterWorld:
         return made_up_answer(prompt, self.target(prompt), self.letters, rng)
 
     def rng(self, purpose):
-        return np.random.default_rng([self.seed, *encode(purpose)])  # the name as numbers
+        return np.random.default_rng([self.seed, *encode(purpose)])  # the name as bytes, section 2
 
     def prompts(self, n, purpose):
         """n different prompts, none of them held out. ValueError if there are not so many."""
@@ -259,7 +259,8 @@ class LetterWorld:
 
     def write(self, model, prompts, temperature):
         text = TextFormat(chat_template=self.CHAT_TEMPLATE)  # section 2; respond: section 4
-        generator = torch.Generator().manual_seed(combine_seeds(self.seed, round(10 * temperature)))
+        seed = combine_seeds(self.seed, round(10 * temperature))  # one number made of two
+        generator = torch.Generator().manual_seed(seed)
         return respond(model, prompts, text, self.max_new_tokens, temperature, generator)
 
 
@@ -335,7 +336,8 @@ class TextFormat:
     (tensor([ 62,  32, 104, 105,  58, 121, 111, 256]), 5)
     """
 
-    # A dataclass stores these two in each instance, so self.encode(text) passes no self.
+    # A dataclass stores these two in each instance, and a function that is stored in an instance is
+    # not a method: self.encode(text) passes no self.
     encode: Callable[[str], Sequence[int] | Tensor] = encode
     decode: Callable[[Tensor], str] = decode
     chat_template: str = "{{ prompt }}"
@@ -404,8 +406,8 @@ class ModelConfig:
 class Block(nn.Module):
     """Attention, then an MLP. Each reads a normalised copy of x and adds its result to x.
 
-    x (B, T, D) -> (B, T, D); rotations (T, D/2H, 2), the cosines and sines of RoPE, below. In
-    production: RMSNorm, SwiGLU, grouped-query attention.
+    x (B, T, D) -> (B, T, D); rotations (T, D/(2H), 2), for each position and each pair of the D/H
+    features of a head a cosine and a sine. In production: RMSNorm, SwiGLU, grouped-query attention.
 
     >>> block, no_rotation = Block(ModelConfig(dim=8)), torch.tensor([1.0, 0.0])
     >>> block(torch.zeros(1, 3, 8), rotations=no_rotation.expand(3, 2, 2)).shape
@@ -428,9 +430,9 @@ class Block(nn.Module):
         qkv = rearrange(qkv, "b t (n h d) -> n b h t d", n=3, h=self.heads)  # (3, B, H, T, D/H)
         # RoPE (arXiv:2104.09864): two neighbouring features are one complex number, which is
         # multiplied by e^(i t w), that is, turned by an angle proportional to its position t. (Each
-        # pair has a constant w, set in Transformer.) The dot product of a query at position s with
-        # a key at position t is then a sum over the pairs,
-        #     sum of Re( q e^(i s w) conj(k e^(i t w)) ) = sum of Re( q conj(k) e^(i (s - t) w) )
+        # pair has a constant w, set in Transformer.) A dot product q . k of real vectors is a sum
+        # of Re( q conj(k) ) over the pairs. For a query at position s and a key at position t,
+        #     Re( q e^(i s w) conj(k e^(i t w)) ) = Re( q conj(k) e^(i (s - t) w) )
         # so attention sees how far apart two tokens are, and not where they are.
         precise = torch.promote_types(x.dtype, torch.float32)  # bfloat16 has no complex numbers
         pairs = qkv[:2].to(precise).unflatten(-1, (-1, 2))  # q and k: (2, B, H, T, D/2H, 2)
@@ -463,7 +465,7 @@ class Transformer(nn.Module):
             if weight.ndim == 2:  # the norms keep their gain of 1
                 std = weight.shape[1] ** -0.5  # 1 / sqrt(number of inputs)
                 if name.endswith(("to_out.weight", "down.weight")):
-                    std /= (2 * config.depth) ** 0.5  # 2 * depth of them are added up, as in GPT-2
+                    std /= (2 * config.depth) ** 0.5  # each block adds two to x, as in GPT-2
                 nn.init.normal_(weight, std=std, generator=generator)
         # Rotations e^(i t w) at position t, with w = 10000^(-2j / (D/H)) for pair j. Real and
         # imaginary part are kept as two real numbers, because .to(bfloat16) would drop the latter.
@@ -515,8 +517,8 @@ def top_k(logits, k):
 
 
 def top_p(logits, p):
-    """Nucleus sampling (arXiv:1904.09751): keep the fewest most likely tokens whose probabilities
-    add up to at least p. (B, V) -> (B, V). The most likely token always stays; p=1 keeps all.
+    """Nucleus sampling (arXiv:1904.09751): from the most likely token down, keep as few tokens as
+    add up to a probability of at least p. (B, V) -> (B, V). One token always stays; p=1 keeps all.
 
     ValueError unless 0 <= p <= 1.
 
@@ -558,11 +560,10 @@ def last_logits(model, ids):
             logits.append(model.next_token_logits(piece, n))
         else:
             logits.append(model(piece)[torch.arange(len(n), device=n.device), n - 1])
-    # Now entry k of the logits belongs to row by_length[k]. The argsort of a permutation is its
-    # inverse, so it puts them back in order. Then each is copied to all duplicates of its row.
     by_length = torch.tensor([row for piece in pieces for row in piece], device=ids.device)
-    logits = torch.cat(logits)[by_length.argsort()]
-    return logits[unique_of_row]
+    logits = torch.cat(logits)  # entry k belongs to row by_length[k]
+    logits = logits[by_length.argsort()]  # entry i belongs to row i: argsort inverts a permutation
+    return logits[unique_of_row]  # each is copied to all duplicates of its row
 
 
 def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None, eos_id=EOS,
@@ -665,16 +666,18 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 #
 #     r(x, y) - beta (log( pi(y|x) / ref(y|x) ) + 1) - m(x) = 0
 #
-# Solve for pi. What does not depend on y, the 1 and m(x), goes into one factor Z(x):
+# (The derivative of pi log(pi / ref) by pi is log(pi / ref) + 1.) Solve for pi. What does not
+# depend on y, the 1 and m(x), goes into one factor Z(x):
 #
 #     pi(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x)
 #     r(x, y) = beta log( pi(y|x) / ref(y|x) ) + beta log Z(x)       the same, solved for the reward
 #
-# Read the last line backwards: for any policy pi, it names a reward for which pi is the optimum.
-# This is beta log(pi / ref), the IMPLICIT REWARD of pi, up to a term of x alone. Now assume
-# (Bradley-Terry) that y1 is preferred to y2 with probability sigmoid(r(x, y1) - r(x, y2)). With the
-# implicit reward as r, the term of x cancels, so the probability of the preferences that we have
-# seen depends on pi and ref alone: no reward model is needed. Training maximises it. The loss is
+# So far the reward was given, and pi was its optimum. Now choose any policy pi: the last line says
+# for which reward this pi is the optimum. It is beta log(pi / ref), the IMPLICIT REWARD of pi, up
+# to a term of x alone. Assume (Bradley-Terry) that y1 is preferred to y2 with probability
+# sigmoid(r(x, y1) - r(x, y2)). With the implicit reward as r, the term of x cancels: the
+# probability of the preferences that we have seen depends on pi and ref alone. Training maximises
+# this probability, and needs no model of the reward. The loss is
 #
 #     -log sigmoid( beta log( pi(y1|x) / ref(y1|x) ) - beta log( pi(y2|x) / ref(y2|x) ) )
 #
@@ -898,8 +901,8 @@ def judge(model, reward_config, prompts, responses, *, encode=encode, decode=dec
     ValueError: unequal numbers of prompts and responses, or a judge prompt that leaves the model no
     room to reply.
 
-    >>> judge(nn.Sequential(), LetterWorld.JUDGE, [], []).shape
-    torch.Size([0])
+    >>> judge(nn.Sequential(), LetterWorld.JUDGE, [], [])         # nothing to ask the model
+    tensor([])
     """
     require(len(prompts) == len(responses),
             f"judge: {len(prompts)} prompts but {len(responses)} responses")
@@ -1169,7 +1172,8 @@ def with_reference_logprobs(model, pairs):
 def shuffled_batches(examples, batch_size, generator, size=lambda example: 0):
     """Endless batches; every example is used once per epoch.
 
-    Of each two batches, the smaller examples go into the first, which then has little padding.
+    Every 2 * batch_size shuffled examples are sorted by size and cut into two batches, so that the
+    first of the two has little padding.
 
     >>> batches = shuffled_batches("abc", 2, torch.Generator().manual_seed(0))
     >>> sorted(next(batches) + next(batches) + next(batches))
@@ -1251,7 +1255,8 @@ def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
     points = []
     model.train()
     for step in progress(range(1, steps + 1), f"training, {config.kind}"):
-        # The learning rate climbs linearly to its peak, then falls linearly to zero.
+        # The learning rate climbs linearly to its peak at peak_step, then falls linearly; it would
+        # be zero one step after the last.
         height = min(step / peak_step, (steps + 1 - step) / (steps + 1 - peak_step))
         optimizer.param_groups[0]["lr"] = config.learning_rate * height
         optimizer.zero_grad()
@@ -1339,16 +1344,11 @@ class SFTConfig(StageConfig):
 class SelfPlayConfig(StageConfig):
     """SPIN [3]: prefer each demonstration to what the model answers when the stage begins.
 
-    It pulls the model toward the demonstrations and cannot make it better than them. A round that
-    is trained to its exact optimum turns the distribution p of the model into p' (Theorem 5.4 of
-    [3]; p_data is the distribution of the demonstrations). It is the optimum of section 5 for the
-    reward log(p_data / p), with lam as beta:
-
-        p' = p (p_data / p)^(1/lam), up to a constant factor
-        log(p' / p_data) = (1 - 1/lam) log(p / p_data), up to a constant
-
-    So lam=1 closes the gap in one round. For lam below 1/2 the factor is below -1: the gap changes
-    sign and grows. Real rounds stop early, so [3] can use 0.1.
+    It pulls the model toward the demonstrations and cannot pass them, since nothing in its loss
+    says which answer is better. A round that is trained to its exact optimum multiplies
+    log(p / p_data) by 1 - 1/lam, up to a constant (from Theorem 5.4 of [3]; p is the distribution
+    of the model, p_data that of the demonstrations). So lam=1 closes the gap in one round. The 0.1
+    of [3] would make it -9 times as large, but real rounds stop long before.
 
     >>> SelfPlayConfig(train_dataset=[TextFormat().item("hi", "yo")]).lam
     0.1
@@ -1433,7 +1433,7 @@ def preference_round(model, reward_fn, config, context):
 
     >>> model = Transformer(ModelConfig(dim=8, depth=1), torch.Generator().manual_seed(0))
     >>> reward = lambda prompts, responses: range(len(responses))
-    >>> config = ExternalRewardDPOConfig(prompt_dataset=["a", "b"], reward_model=reward, steps=1)
+    >>> config = RewardStageConfig(prompt_dataset=["a", "b"], steps=1)
     >>> record = preference_round(model, reward, config, Context())
     >>> round(record["loss"], 4), record["pairs"]            # the policy starts at the reference
     (0.6931, 2)
@@ -1473,7 +1473,7 @@ class SelfRewardDPOConfig(RewardStageConfig):
     judge_logit_filter: Callable[[Tensor], Tensor] | None = None
 
     def run(self, model, context):
-        # The judge is reward_config, or the judge of that name, or the first one of the run.
+        # A RewardConfig or a name; without either, the name of the first judge.
         text, reward_config = context.text, self.reward_config or next(iter(context.judges))
         if isinstance(reward_config, str):
             require(reward_config in context.judges, f"reward_config {reward_config!r} is not one "
@@ -1546,9 +1546,10 @@ def judging_metrics(truth, judged):
     0.6666666666666666
     """
     # true_sign[p, i, j] is 1, 0 or -1: is answer i to prompt p better than, as good as, or worse
-    # than answer j? Its row sums are ranks, up to a shift and a factor: for scores 1, 2, 3 they are
-    # -2, 0, 2. Signs and row sums have mean 0, and of numbers with mean 0 the correlation is the
-    # cosine. Kendall's tau is the cosine of the signs, Spearman's correlation that of the row sums.
+    # than answer j? You may skip why the correlations below are cosines:
+    #     signs (i, j) have mean 0, and Kendall's tau is the cosine of the true and the judged ones;
+    #     their sums over j are ranks, up to a shift and a factor (for scores 1, 2, 3 they are
+    #     -2, 0, 2); they have mean 0 too, and Spearman's correlation is their cosine.
     true_sign, judged_sign = (np.nan_to_num(np.sign(x[:, :, None] - x[:, None, :]))
                               for x in (truth, judged))
 
@@ -1582,14 +1583,15 @@ def head_to_head(scores, others):
 def measure(model, world, text, graded_answers, previous_scores):
     """What is measured after each stage: writing by the true score ("oracle"), judging against it.
     oracle_score and oracle_greedy: mean true score of drawn and of most likely answers;
-    perfect_rate: share of drawn answers with 5; self_score: the mean that the model gives them.
+    perfect_rate: share of drawn answers with 5; self_score: mean score that the model itself gives
+    the drawn answers.
 
-    graded_answers: what world.graded_answers returned: (prompt, answer, true score), five to each
-    prompt; None if the model cannot judge yet. previous_scores: the `scores` (P, 5) of the model
-    before this one, or None. The caller seeds torch's global generator.
+    graded_answers: what world.graded_answers returned, (prompt, answer, true score), five answers
+    to each prompt; None if the model cannot judge yet. previous_scores: the `scores` (P, 5) of the
+    model before this one, or None. The caller seeds torch's global generator.
 
     Where no program knows a true score, as with data of your own (section 11), world.score is None,
-    and graded_answers holds what people have graded, one answer to a prompt (or nothing).
+    and graded_answers holds what people have graded: one answer to a prompt, or an empty list.
 
     >>> world, model = LetterWorld(n_eval=1), Transformer(ModelConfig(dim=8, depth=1))
     >>> sorted(measure(model, world, TextFormat(), graded_answers=None, previous_scores=None))
@@ -1631,13 +1633,13 @@ def measure(model, world, text, graded_answers, previous_scores):
 #                                                              one, where score is None)
 #     score(prompt, answer)        -> true score, 0 to 5; score = None if nobody knows it
 #
-# Two terms of the loss are not in [1], and each has a failure behind it. REPLAY: a stage that
-# trains on answers alone changes the weights that judge, and within a few rounds a small model
-# forgets how to judge, and with it loses its reward. So later stages rehearse the judging data of
-# M1, the very same examples, whose verdicts a program has written. In self-reward, all later
-# answers are graded by the model alone. LIKELIHOOD TERM, from [5]: without it the chosen answers
-# lose probability too, and the result of a round depends on luck: from an M1 with a true score of
-# 2.9 it took four seeds to 3.8, 4.3, 4.5 and 4.5, and with the term to 4.2 each time.
+# Two terms of the loss are not in [1], and each has a failure behind it.
+#     REPLAY            A stage that trains on answers alone changes the weights that judge. Within
+#                       a few rounds a small model forgets how to judge, and so loses its reward.
+#                       So later stages rehearse the judging data of M1, whose verdicts a program
+#                       wrote. It grades nothing later: new answers are graded by the model alone.
+#     LIKELIHOOD TERM   From [5]. DPO sees only differences, so chosen answers may lose probability
+#                       too, to text that is in no pair. The term holds them up.
 #
 # train() in section 17 puts this together, with files and a table:
 #     stages = recipe_stages(recipe, world, demonstrations, make_judgements)
@@ -1672,7 +1674,7 @@ class Recipe:
     dpo_steps: int = setting(240, 30, "updates for a later stage, at most 8 epochs of its pairs")
     dpo_learning_rate: float = setting(2.5e-4, None, "for later stages; 1e-3 forgets how to judge")
     beta: float = setting(1.0, None, "of DPO, and lambda of SPIN; 0.1 goes too far from M1")
-    nll_weight: float = setting(0.1, None, "of the likelihood term; 0: luck decides")
+    nll_weight: float = setting(0.1, None, "of the likelihood term; 0: chosen answers may lose")
     replay_weight: float = setting(4.0, None, "of the replayed judging data; 0: the judge forgets")
     n_candidates: int = setting(4, None, "answers to a prompt, as in [1]")
     judge_samples: int = setting(3, None, "judgements of an answer, as in [1]")
