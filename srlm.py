@@ -22,7 +22,7 @@ The loop in pseudocode, simplified, with the function names and sections of this
             answers = sample(model, the prompt, n_candidates times)      # write       section 4
             rewards = judge(model, the prompt, answers)                  # judge       section 6
             chosen, rejected = answers at pick_best_worst(rewards)       # pair
-        for each pair:                                                   # freeze the reference
+        for each pair, under the model as it is now:                     # freeze the reference
             ref_chosen   = sequence_logprobs(model, prompt + chosen)     # log p(chosen | prompt)
             ref_rejected = sequence_logprobs(model, prompt + rejected)   #             section 5
         for each batch of pairs:                                         # minimise    section 8
@@ -155,7 +155,7 @@ class LetterWorld:
         self.eval_prompts = self.prompts(n_eval, "evaluation")  # prompts() never draws these again
 
     def target(self, prompt):
-        """The letters of the perfect answer. ValueError if this world has no such prompt.
+        """The letters of the perfect answer. ValueError if it is no prompt of any LetterWorld.
 
         >>> LetterWorld().target("reverse dbca")
         'acbd'
@@ -336,8 +336,8 @@ class TextFormat:
     (tensor([ 62,  32, 104, 105,  58, 121, 111, 256]), 5)
     """
 
-    # A dataclass stores these two in each instance, and a function that is stored in an instance is
-    # not a method: self.encode(text) passes no self.
+    # self.encode(text) calls the plain function, without self, since a dataclass stores these two in
+    # each instance.
     encode: Callable[[str], Sequence[int] | Tensor] = encode
     decode: Callable[[Tensor], str] = decode
     chat_template: str = "{{ prompt }}"
@@ -400,14 +400,15 @@ class ModelConfig:
 
     def __post_init__(self):
         require(self.dim % (2 * self.heads) == 0, f"ModelConfig: dim={self.dim} is not a multiple "
-                f"of 2 * heads={2 * self.heads}, which rotary positions need")
+                f"of 2 * heads={2 * self.heads}, which RoPE needs")
 
 
 class Block(nn.Module):
     """Attention, then an MLP. Each reads a normalised copy of x and adds its result to x.
 
-    x (B, T, D) -> (B, T, D); rotations (T, D/(2H), 2), for each position and each pair of the D/H
-    features of a head a cosine and a sine. In production: RMSNorm, SwiGLU, grouped-query attention.
+    x (B, T, D) -> (B, T, D). Positions enter by RoPE: each pair of neighbouring features of q and k
+    is turned by an angle that grows with the position. rotations (T, D/(2H), 2) holds the cosines
+    and sines (1 and 0: no turn). In production: RMSNorm, SwiGLU, grouped-query attention.
 
     >>> block, no_rotation = Block(ModelConfig(dim=8)), torch.tensor([1.0, 0.0])
     >>> block(torch.zeros(1, 3, 8), rotations=no_rotation.expand(3, 2, 2)).shape
@@ -560,10 +561,11 @@ def last_logits(model, ids):
             logits.append(model.next_token_logits(piece, n))
         else:
             logits.append(model(piece)[torch.arange(len(n), device=n.device), n - 1])
-    by_length = torch.tensor([row for piece in pieces for row in piece], device=ids.device)
+    by_length = [row for piece in pieces for row in piece]
     logits = torch.cat(logits)  # entry k belongs to row by_length[k]
-    logits = logits[by_length.argsort()]  # entry i belongs to row i: argsort inverts a permutation
-    return logits[unique_of_row]  # each is copied to all duplicates of its row
+    in_order = torch.empty_like(logits)
+    in_order[by_length] = logits
+    return in_order[unique_of_row]  # each is copied to all duplicates of its row
 
 
 def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None, eos_id=EOS,
@@ -672,8 +674,8 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 #     pi(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x)
 #     r(x, y) = beta log( pi(y|x) / ref(y|x) ) + beta log Z(x)       the same, solved for the reward
 #
-# So far the reward was given, and pi was its optimum. Now choose any policy pi: the last line says
-# for which reward this pi is the optimum. It is beta log(pi / ref), the IMPLICIT REWARD of pi, up
+# Read the last line backwards. Take any policy pi, such as the one in training: it is the optimum
+# of the goal above for the reward beta log(pi / ref). This is the IMPLICIT REWARD of pi, unique up
 # to a term of x alone. Assume (Bradley-Terry) that y1 is preferred to y2 with probability
 # sigmoid(r(x, y1) - r(x, y2)). With the implicit reward as r, the term of x cancels: the
 # probability of the preferences that we have seen depends on pi and ref alone. Training maximises
@@ -810,8 +812,8 @@ class RewardConfig:
     """How to ask a judge for a score, and how to read the score from its reply.
 
     prompt_template: the judge prompt, with {{ prompt }} and {{ response }}.
-    reward_regex_template: what a verdict looks like: literal text with one {{ reward }}. (Its name
-    is that of an older package; it is not a regular expression.)
+    reward_regex_template: what a verdict looks like: literal text with one {{ reward }}. (It is
+    not a regular expression.)
     parse_reward: a function reply -> score or None of your own, instead of that template.
     reward_range: (lowest, highest) score; a score outside counts as none.
     ValueError for a template with missing or unknown variables, or with {{ reward }} twice.
@@ -1028,8 +1030,8 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
                 found.append(make_pair(ids, rows[of_p], rewards[of_p], pick_pair, is_valid_pair))
         return found
 
-    # The first chunk is small. A reward function may raise, as JudgeReward does if no reply holds a
-    # score, and then it does so early.
+    # The first chunk is small. A reward function may raise, as that of a self-reward stage does if
+    # no reply of its judge holds a score, and then it does so early.
     chunks = [prompts[:4], *(prompts[at : at + 64] for at in range(4, len(prompts), 64))]
     pairs, counts = [], dict(pairs=0, unparsed=0, tied=0, invalid=0)
     # parallel_map is map(), except that several processes would share the chunks.
@@ -1216,8 +1218,8 @@ class StageConfig:
     replay_dataset: Any = None  # items (ids, prompt_len) to rehearse, against forgetting
     replay_weight: float = 1.0  # weight of their sft_loss
 
-    def __new__(cls, **fields):  # runs before the dataclass refuses unknown names
-        refuse_old_names(cls, fields)
+    def __new__(cls, **fields):
+        refuse_old_names(cls, fields)  # of self-rewarding-lm-pytorch; the error has the new name
         return super().__new__(cls)
 
     def __post_init__(self):
@@ -1247,7 +1249,8 @@ def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
                                   fused=device_of(model).type in ("cpu", "cuda"))
     batches = [shuffled_batches(objective.examples, config.batch_size, generator, objective.size)
                for objective in objectives]
-    steps, n_examples = config.steps, len(objectives[0].examples)  # of the first objective alone
+    # An epoch is one pass over the examples of the first objective; those to rehearse do not count.
+    steps, n_examples = config.steps, len(objectives[0].examples)
     if config.max_epochs is not None:
         steps = min(steps, math.ceil(config.max_epochs * n_examples / config.batch_size))
     peak_step = max(1, round(config.warmup * steps))
@@ -1344,11 +1347,11 @@ class SFTConfig(StageConfig):
 class SelfPlayConfig(StageConfig):
     """SPIN [3]: prefer each demonstration to what the model answers when the stage begins.
 
-    It pulls the model toward the demonstrations and cannot pass them, since nothing in its loss
-    says which answer is better. A round that is trained to its exact optimum multiplies
-    log(p / p_data) by 1 - 1/lam, up to a constant (from Theorem 5.4 of [3]; p is the distribution
-    of the model, p_data that of the demonstrations). So lam=1 closes the gap in one round. The 0.1
-    of [3] would make it -9 times as large, but real rounds stop long before.
+    It pulls the model toward the demonstrations and cannot pass them: it prefers a demonstration
+    even where the model's answer is better. A round that is trained to its exact optimum turns the
+    distribution p of the model into p (p_data / p)^(1/lam), up to a factor (Theorem 5.4 of [3];
+    p_data is that of the demonstrations). So lam=1 gives p_data in one round. The 0.1 of [3] would
+    overshoot it by far, but real rounds stop long before their optimum.
 
     >>> SelfPlayConfig(train_dataset=[TextFormat().item("hi", "yo")]).lam
     0.1
@@ -1612,7 +1615,8 @@ def measure(model, world, text, graded_answers, previous_scores):
         found["self_score"] = float(grade(asked, answers).nanmean())
         if graded_answers:  # your own data may have no held-out example
             prompts, responses, truth = zip(*graded_answers)
-            shape = (-1, 5) if world.score else (1, -1)  # one answer a prompt: all are compared
+            # Where there is one answer a prompt, all answers are compared as if to one prompt.
+            shape = (-1, 5) if world.score else (1, -1)
             judged = grade(prompts, responses).numpy()
             found |= judging_metrics(np.reshape(truth, shape), np.reshape(judged, shape))
     is_nan = lambda value: isinstance(value, float) and math.isnan(value)
@@ -1637,7 +1641,7 @@ def measure(model, world, text, graded_answers, previous_scores):
 #     REPLAY            A stage that trains on answers alone changes the weights that judge. Within
 #                       a few rounds a small model forgets how to judge, and so loses its reward.
 #                       So later stages rehearse the judging data of M1, whose verdicts a program
-#                       wrote. It grades nothing later: new answers are graded by the model alone.
+#                       wrote. That program grades nothing later; the model alone does.
 #     LIKELIHOOD TERM   From [5]. DPO sees only differences, so chosen answers may lose probability
 #                       too, to text that is in no pair. The term holds them up.
 #
@@ -1699,7 +1703,7 @@ def recipe_stages(recipe, world, demonstrations, make_judgements):
     text = TextFormat(chat_template=world.CHAT_TEMPLATE)
     items = [text.item(prompt, answer) for prompt, answer in demonstrations]
 
-    def judging_items(model):  # a stage calls its data function with the model; not needed here
+    def judging_items(model):  # the model of the stage, which make_judgements does not need
         """To learn to judge: prompt and response of an item are a judge prompt and its verdict. A
         judge prompt is complete, so TextFormat() puts no chat template around it."""
         return [TextFormat().item(world.JUDGE.render(prompt, answer), verdict)
