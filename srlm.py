@@ -336,8 +336,8 @@ class TextFormat:
     (tensor([ 62,  32, 104, 105,  58, 121, 111, 256]), 5)
     """
 
-    # self.encode(text) calls the plain function, without self, since a dataclass stores these two in
-    # each instance.
+    # self.encode(text) calls the plain function, without self, since a dataclass stores these two
+    # in each instance.
     encode: Callable[[str], Sequence[int] | Tensor] = encode
     decode: Callable[[Tensor], str] = decode
     chat_template: str = "{{ prompt }}"
@@ -2141,9 +2141,12 @@ def checked_data(config, name, model, text):
     return [read(rows[i], f"{name}: item {i}", text, limits) for i in range(len(rows))]
 
 
-def as_prompt(entry, where, *_):
-    """A prompt: a str."""
+def as_prompt(entry, where, text, limits):
+    """A prompt: a str that leaves room for an answer."""
     require(isinstance(entry, str), f"{where} is a {type(entry).__name__}, not a str")
+    n = len(text.prompt_ids(entry))
+    require(n < limits[0], f"{where} has {n} tokens, which leaves no room within max_seq_len="
+            f"{limits[0]}")
     return entry
 
 
@@ -2265,6 +2268,8 @@ def save_pairs(path, pairs, text):
     lines = []
     for pair in pairs:
         row = {"prompt": text.decode(pair.prompt)}
+        if not lines and not text.ids(row["prompt"]).equal(pair.prompt):
+            warnings.warn(f"{path}: prompts lose tokens, such as turn markers, when they are decoded")
         for name in ("chosen", "rejected"):
             ids, score = getattr(pair, name), getattr(pair, name + "_reward")
             row[name] = text.text(ids)
@@ -2322,6 +2327,8 @@ class SelfRewardingTrainer:
                 f"finetune_configs: one or more stage configs are needed, not {self.configs!r}")
         self.judges = judges if isinstance(judges, dict) else {"default": judges}
         self.text = TextFormat(tokenizer_encode, tokenizer_decode, chat_template, eos_id)
+        if eos_id == EOS and tokenizer_encode is not encode:
+            warnings.warn(f"{eos_id=} ends the bytes of srlm; pass the EOS id of your tokenizer")
         self.model = model if device is None else model.to(device)
         self.folder, self.seed, self.settings = Path(checkpoints_folder), seed, settings or {}
         self.evaluate, self.report = evaluate, report

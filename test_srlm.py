@@ -2095,6 +2095,8 @@ def test_a_name_of_the_older_package_is_answered_with_the_new_one(old, new):
     (KINDS, {}, dict(model=returning(lambda logits: logits[:, -1])), CONTRACT % "Tensor"),
     (["self-reward"], dict(max_new_tokens=20), dict(model=limited(Tiny(), 20)), ROOM % "max_new_tokens"),
     (["self-reward"], dict(max_judge_tokens=20), dict(model=limited(Tiny(), 20)), ROOM % "max_judge_tokens"),
+    (["self-reward"], dict(prompt_dataset=["b", "c" * 20], max_judge_tokens=9), dict(model=limited(Tiny(), 20)),
+     "prompt_dataset: item 1 has 2[0-9] tokens.*max_seq_len=20"),
     (["self-reward"], dict(reward_config="other"), dict(self_reward_prompt_config={"length": JUDGE}),
      r"stage 0 \(self-reward\): .*'other'.*length")])
 def test_what_cannot_work_is_refused_before_any_work(kinds, fields, how, words):
@@ -3034,6 +3036,23 @@ def test_every_answer_leaves_the_judge_room():
     asked = world.JUDGE.render(long, "r" * (world.max_new_tokens - 1))  # without EOS
     assert len(asked + "= 0.25") + len(["EOS"]) == 80
     assert own_data(sft=YES).max_new_tokens == len("yes") + len(["EOS"])
+
+
+def test_what_a_tokenizer_may_lose_is_a_warning(tmp_path):
+    """A foreign tokenizer with the EOS id of srlm's own, and pairs whose prompts are not what they were once
+    they are decoded and encoded, are warned of. Others are not."""
+    no_digits = lambda ids: re.sub("[0-9]", "", srlm.decode(ids))
+    pair = srlm.PreferencePair(torch.tensor(srlm.encode("> 1 + 2\n")), *torch.tensor([[97], [98]]))
+    trainer = lambda **how: srlm.SelfRewardingTrainer(Tiny(), [stage("sft")], checkpoints_folder=tmp_path, **how)
+    with pytest.warns(UserWarning, match="pairs.jsonl.*lose tokens"):
+        srlm.save_pairs(tmp_path / "pairs.jsonl", [pair], srlm.TextFormat(decode=no_digits))
+    with pytest.warns(UserWarning, match="eos_id=256.*your tokenizer"):
+        trainer(tokenizer_encode=lambda text: [1] * len(text))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        srlm.save_pairs(tmp_path / "pairs.jsonl", [pair], srlm.TextFormat())
+        trainer(tokenizer_encode=lambda text: [1] * len(text), eos_id=8)
+        trainer()
 
 
 def test_each_stage_draws_some_of_your_prompts():
