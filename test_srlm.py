@@ -754,6 +754,7 @@ OUTSIDE = st.sampled_from([-1, 4, 257])  # values of pad_id that are no token of
 @grades("response_mask")
 @given(batches(), OUTSIDE, st.integers(0, 2))
 @example(Batch([torch.tensor([1, 2, 3, 0]), torch.tensor([1, 2])], [2, 1], HashModel(4)), -1, 1)
+@example(Batch([torch.tensor([5, 6, 7, srlm.EOS]), torch.tensor([5, srlm.EOS])], [2, 1], HashModel(4)), -1, 0)
 def test_response_mask(batch, pad_id, extra):
     """Entry t is True if and only if token t + 1 is neither prompt nor padding."""
     rows, lens, _ = batch
@@ -821,7 +822,20 @@ def test_a_pad_id_inside_a_row_is_a_token_like_any_other(batch, extra):
     expected = [[n <= t + 1 < end for t in range(ids.shape[1] - 1)] for end, n in zip(ends, lens)]
     same(srlm.response_mask(ids, lens, 0), torch.tensor(expected), of="response_mask")
     expected = [logp(model, row[:end], int(n)) for row, end, n in zip(rows, ends, lens)]
-    close(srlm.sequence_logprobs(model, ids, lens, 0), expected, of="sequence_logprobs")
+    close(srlm.sequence_logprobs(model, ids, lens, 0), expected, 1e-5, of="sequence_logprobs")
+
+
+@grades("sequence_logprobs", "sft_loss")
+def test_eos_is_a_token_of_the_response():
+    """EOS at the end of a response counts like its other tokens; EOS in a prompt does not."""
+    uniform = lambda ids: torch.zeros(*ids.shape, srlm.VOCAB_SIZE)
+    ids = torch.tensor([[0, 6, 7, srlm.EOS, srlm.PAD], [1, srlm.EOS, 7, 8, srlm.EOS]])
+    one = math.log(srlm.VOCAB_SIZE)
+    close(srlm.sequence_logprobs(uniform, ids, torch.tensor([2, 2])), [-2 * one, -3 * one], 1e-5)
+    model = FreeLogits(2, 5, srlm.VOCAB_SIZE)
+    srlm.sft_loss(model, ids, torch.tensor([2, 2])).backward()
+    read = [[False, True, True, False, False], [False, True, True, True, False]]
+    same((model.logits.grad != 0).any(-1), torch.tensor(read), of="where the gradient is non-zero")
 
 
 @grades("sft_loss", "response_mask")
@@ -1371,22 +1385,26 @@ def test_how_the_judge_samples_is_the_callers_choice():
     """Temperature, length, filter, EOS, tokenizer and generator are those that the caller gives."""
     model = Scripted(lambda asked: ["Score: 1", "Score: 2"])
 
-    def replies(**how):
+    def in_order(**how):
         heard = []
         srlm.judge(model, SCORE, ["p"], ["r"], n_samples=50, on_reply=heard.append,
                    generator=generator(0), **how)
-        return sorted(set(heard))
+        return heard
+
+    replies = lambda **how: sorted(set(in_order(**how)))
 
     no_one = torch.zeros(srlm.VOCAB_SIZE).index_fill(0, torch.tensor([ord("1")]), -INF)
     both = ["Score: 1", "Score: 2"]
     for how, expected in (({}, both),  # false alarm: 2^-49
                           (dict(temperature=0), replies(temperature=0)[:1]),
                           (dict(max_new_tokens=3), ["Sco"]), (dict(eos_id=None, max_new_tokens=8), both),
+                          (dict(eos_id=ord(":")), ["Score"]),
                           (dict(logit_filter=lambda logits: logits + no_one), ["Score: 2"]),
                           (dict(decode=lambda ids: srlm.decode(ids[:1])), ["S"])):
         same(replies(**how), expected, of=f"replies with other {', '.join(how)}" if how else "replies")
     replies(encode=lambda text: srlm.encode(text.replace("p", "q")))
     assert model.seen == {"p r", "q r"}, "encode is not the caller's"
+    same(in_order(), in_order(), of="replies from the same generator twice")
 
 
 def test_extremes_of_the_judge():
@@ -3756,7 +3774,10 @@ def run_in_process(change, path, names=()):
             found[name] = found.get(name) or words  # of a test with several cases: the first failure
         found["an endless loop"] = f"stopped after {SECONDS} s: an endless loop?"
     except EOFError:  # the process has ended
-        if process.join() or process.exitcode != 0:
+        process.join()
+        while process.exitcode is None:  # another thread is just collecting it
+            time.sleep(0.01)
+        if process.exitcode != 0:
             found["a crash"] = f"the process ended with code {process.exitcode}"
     process.kill()
     process.join()
@@ -3792,8 +3813,9 @@ def words_of(error):
     notes = "\n".join(getattr(error, "__notes__", []))
     example = re.search(r"(?:Falsifying|Failing) .*?: \w+\((.*?)\n\)", notes, re.DOTALL)
     lines = []
-    if example:
-        lines += ["smallest counterexample: " + " ".join(example[1].split()).rstrip(",")]
+    if example:  # without the remarks of Hypothesis
+        said = re.sub("  # or any other generated value|# The test .* varied together.", "", example[1])
+        lines += ["smallest counterexample: " + " ".join(said.split()).rstrip(",")]
     if not isinstance(error, (AssertionError, pytest.fail.Exception)):
         lines += [f"{type(error).__name__}:"]
     said = str(error).strip().splitlines() or [type(error).__name__]
