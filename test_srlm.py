@@ -91,7 +91,7 @@ def hint(found, expected):
                             (alike(b, -a), "yours = -expected: a sign?"),
                             (len(a) > 2 and alike(b[1:], a[:-1]), "yours comes one place too late"),
                             (len(a) > 2 and alike(b[:-1], a[1:]), "yours comes one place too early"),
-                            (is_mean, f"yours = expected / {factors}: a mean over tokens instead of a sum?"),
+                            (is_mean, f"yours = expected / {factors}: a mean instead of a sum, or a factor too many?"),
                             (len(ratio) > 1 and alike(ratio, ratio[:1]), "yours = expected times a factor")):
         if looks_so:
             return words
@@ -3626,6 +3626,8 @@ def run_the_notebook():
     notebook.cells.append(nbformat.v4.new_code_cell(asks))
     nbclient.NotebookClient(notebook, timeout=300).execute()
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+    outputs = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert "going on with your round" in "".join(outputs) and "of srlm.py" not in "".join(outputs)
     print(notebook.cells[-1].outputs[0].text)
 
 
