@@ -1677,7 +1677,7 @@ class Recipe:
     sft_learning_rate: float = setting(4e-3, None, "for M0 and M1; 8e-3 diverges on some seeds")
     dpo_steps: int = setting(240, 30, "updates for a later stage, at most 8 epochs of its pairs")
     dpo_learning_rate: float = setting(2.5e-4, None, "for later stages; 1e-3 forgets how to judge")
-    beta: float = setting(1.0, None, "of DPO, and lambda of SPIN; 0.1 goes too far from M1")
+    beta: float = setting(1.0, None, "of DPO, and lambda of SPIN; 0.1 goes farther from M1")
     nll_weight: float = setting(0.1, None, "of the likelihood term; 0: chosen answers may lose")
     replay_weight: float = setting(4.0, None, "of the replayed judging data; 0: the judge forgets")
     n_candidates: int = setting(4, None, "answers to a prompt, as in [1]")
@@ -2269,7 +2269,7 @@ def save_pairs(path, pairs, text):
     for pair in pairs:
         row = {"prompt": text.decode(pair.prompt)}
         if not lines and not text.ids(row["prompt"]).equal(pair.prompt):
-            warnings.warn(f"{path}: prompts lose tokens, such as turn markers, when they are decoded")
+            warnings.warn(f"{path}: decoded prompts lose tokens, such as turn markers")
         for name in ("chosen", "rejected"):
             ids, score = getattr(pair, name), getattr(pair, name + "_reward")
             row[name] = text.text(ids)
@@ -2576,7 +2576,8 @@ class Options(Recipe):
     def parse(cls, argv):
         """The options of a command line. What is not given has its default, or that of --quick."""
         parser = argparse.ArgumentParser(prog="srlm.py", description=__doc__.split("\n\n")[1],
-                                         epilog='To ask a model: srlm.py ask CHECKPOINT "PROMPT"')
+                                         epilog='[1] is arXiv:2401.10020. To ask a model: srlm.py '
+                                                'ask CHECKPOINT "PROMPT"')
         for item in dataclasses.fields(cls):
             is_switch = item.default is False
             kind = {"action": "store_true"} if is_switch else {"type": type(item.default)}
