@@ -36,7 +36,7 @@ last two terms of the loss keep it from drifting, and from forgetting how to jud
 
 To run it on a CPU:
 
-    python srlm.py              # M0 to M3 in about two minutes, with a table of how good they are
+    python srlm.py              # M0 to M3 in two to three minutes; a table of how good they are
     python srlm.py --quick      # the same with smaller numbers
     python srlm.py ask checkpoints/3.self-reward.pt "sort dbca"
 
