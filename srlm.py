@@ -753,7 +753,7 @@ def sequence_logprobs(model, ids, prompt_lens, pad_id=PAD):
 def sft_loss(model, ids, prompt_lens, pad_id=PAD):
     """Supervised fine-tuning: mean of -log p over all response tokens of a batch; scalar, in nats.
 
-    The mean is over tokens and not over rows, so a long response counts for more than a short one.
+    The mean is over tokens and not over rows, so within a batch a long response counts for more.
     It is zero, with zero gradient, if no row has a response. (fit(), in section 8, uses the same as
     a sum and a count.)
 
@@ -978,13 +978,15 @@ def make_pair(prompt, candidates, rewards, pick_pair=pick_best_worst, is_valid_p
     if picked is None:
         return ("tied" if (~rewards.isnan()).sum() > 1 else "unparsed"), None
     best, worst = picked
+    chosen, rejected = candidates[best], candidates[worst]
+    if chosen.equal(rejected):
+        return "invalid", None
     chosen_reward, rejected_reward = float(rewards[best]), float(rewards[worst])
     if is_valid_pair is None:
         is_valid = chosen_reward > rejected_reward
     else:
         is_valid = is_valid_pair(chosen_reward, rejected_reward)
-    chosen, rejected = candidates[best], candidates[worst]
-    if not is_valid or chosen.equal(rejected):
+    if not is_valid:
         return "invalid", None
     return "pairs", PreferencePair(prompt, chosen, rejected, chosen_reward, rejected_reward)
 
@@ -1174,8 +1176,8 @@ def with_reference_logprobs(model, pairs):
 def shuffled_batches(examples, batch_size, generator, size=lambda example: 0):
     """Endless batches; every example is used once per epoch.
 
-    Every 2 * batch_size shuffled examples are sorted by size and cut into two batches, so that the
-    first of the two has little padding.
+    Every 2 * batch_size shuffled examples are sorted by size, so that most batches hold examples
+    of similar size and little padding.
 
     >>> batches = shuffled_batches("abc", 2, torch.Generator().manual_seed(0))
     >>> sorted(next(batches) + next(batches) + next(batches))
@@ -1678,7 +1680,7 @@ class Recipe:
     dpo_steps: int = setting(240, 30, "updates for a later stage, at most 8 epochs of its pairs")
     dpo_learning_rate: float = setting(2.5e-4, None, "for later stages; 1e-3 forgets how to judge")
     beta: float = setting(1.0, None, "of DPO, and lambda of SPIN; 0.1 goes farther from M1")
-    nll_weight: float = setting(0.1, None, "of the likelihood term; 0: chosen answers may lose")
+    nll_weight: float = setting(0.1, None, "of the likelihood term; 0: M3 ends lower")
     replay_weight: float = setting(4.0, None, "of the replayed judging data; 0: the judge forgets")
     n_candidates: int = setting(4, None, "answers to a prompt, as in [1]")
     judge_samples: int = setting(3, None, "judgements of an answer, as in [1]")
@@ -2145,8 +2147,8 @@ def as_prompt(entry, where, text, limits):
     """A prompt: a str that leaves room for an answer."""
     require(isinstance(entry, str), f"{where} is a {type(entry).__name__}, not a str")
     n = len(text.prompt_ids(entry))
-    require(n < limits[0], f"{where} has {n} tokens, which leaves no room within max_seq_len="
-            f"{limits[0]}")
+    require(0 < n < limits[0], f"{where} has {n} tokens; it needs 1 or more, and room for one more "
+            f"within max_seq_len={limits[0]}")
     return entry
 
 
@@ -2268,7 +2270,7 @@ def save_pairs(path, pairs, text):
     lines = []
     for pair in pairs:
         row = {"prompt": text.decode(pair.prompt)}
-        if not lines and not text.ids(row["prompt"]).equal(pair.prompt):
+        if not lines and text.ids(row["prompt"]).tolist() != as_ids(pair.prompt, "prompt").tolist():
             warnings.warn(f"{path}: decoded prompts lose tokens, such as turn markers")
         for name in ("chosen", "rejected"):
             ids, score = getattr(pair, name), getattr(pair, name + "_reward")
@@ -2328,7 +2330,7 @@ class SelfRewardingTrainer:
         self.judges = judges if isinstance(judges, dict) else {"default": judges}
         self.text = TextFormat(tokenizer_encode, tokenizer_decode, chat_template, eos_id)
         if eos_id == EOS and tokenizer_encode is not encode:
-            warnings.warn(f"{eos_id=} ends the bytes of srlm; pass the EOS id of your tokenizer")
+            warnings.warn(f"{eos_id=} is the EOS of srlm's bytes; is it that of your tokenizer?")
         self.model = model if device is None else model.to(device)
         self.folder, self.seed, self.settings = Path(checkpoints_folder), seed, settings or {}
         self.evaluate, self.report = evaluate, report

@@ -4094,8 +4094,8 @@ test_a_tie_skips_one_prompt_and_no_other
 test_generation_stops_at_n_pairs_or_warns
 
 15 an answer is preferred to itself
--    if not is_valid or chosen.equal(rejected):
-+    if not is_valid:
+-    if chosen.equal(rejected):
++    if chosen is rejected:
 test_equal_tokens_are_no_pair
 
 16 rewards of shape (B, 1) are refused
