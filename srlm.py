@@ -48,7 +48,7 @@ a user's mistake.
 Sources, cited as [1] to [5]:
     [1] arXiv:2401.10020  Self-Rewarding Language Models: the loop, its judge, its figures
     [2] arXiv:2305.18290  Direct Preference Optimization (DPO): the loss
-    [3] arXiv:2401.01335  Self-Play Fine-Tuning (SPIN): the same loss, data against samples
+    [3] arXiv:2401.01335  Self-Play Fine-Tuning (SPIN): the DPO loss, demonstrations preferred
     [4] arXiv:2402.04792  Online AI Feedback: another model as the judge
     [5] arXiv:2404.19733  Iterative Reasoning Preference Optimization: DPO with a likelihood term
 
@@ -109,9 +109,9 @@ def require(condition, message):
 # VERDICT is the text in which a judge gives points and score. A REWARD is the score that it gave.
 #
 # The task has what the loop needs. The demonstrations are mediocre, so there is something to gain.
-# A model that imitates them writes answers of varying quality, so the best of four is better than
-# their mean. And grading is easier than writing: to grade, the model compares an answer with its
-# prompt; to write, it must sample every letter right.
+# A model that imitates them writes answers of varying quality, so the best of four answers to a
+# prompt is better than their mean. And grading is easier than writing: to grade, the model compares
+# an answer with its prompt; to write, it must sample every letter right.
 
 INSTRUCTIONS = {
     "sort": lambda letters: "".join(sorted(letters)),
@@ -169,8 +169,8 @@ class LetterWorld:
     def points(self, prompt, response):
         """Five points, 0 or 1 each. Each can be lost while the other four are kept.
 
-        "Ordered" means that the letters stand in the order of the perfect answer, none twice; other
-        characters are skipped, since "relevant" is lost for them.
+        "Ordered" means that two or more letters stand in the order of the perfect answer, none
+        twice; other characters are skipped, since "relevant" is lost for them.
         """
         target = self.target(prompt)
         body = response.removeprefix("Sure: ").removesuffix(".")
@@ -336,8 +336,7 @@ class TextFormat:
     (tensor([ 62,  32, 104, 105,  58, 121, 111, 256]), 5)
     """
 
-    # self.encode(text) calls the plain function, without self, since a dataclass stores these two
-    # in each instance.
+    # Two functions stored in the instance, so self.encode(text) passes no self.
     encode: Callable[[str], Sequence[int] | Tensor] = encode
     decode: Callable[[Tensor], str] = decode
     chat_template: str = "{{ prompt }}"
@@ -400,7 +399,7 @@ class ModelConfig:
 
     def __post_init__(self):
         require(self.dim % (2 * self.heads) == 0, f"ModelConfig: dim={self.dim} is not a multiple "
-                f"of 2 * heads={2 * self.heads}, which RoPE needs")
+                f"of 2 * heads={2 * self.heads}, which rotary positions need")
 
 
 class Block(nn.Module):
@@ -408,7 +407,8 @@ class Block(nn.Module):
 
     x (B, T, D) -> (B, T, D). Positions enter by RoPE: each pair of neighbouring features of q and k
     is turned by an angle that grows with the position. rotations (T, D/(2H), 2) holds the cosines
-    and sines (1 and 0: no turn). In production: RMSNorm, SwiGLU, grouped-query attention.
+    and sines (1 and 0: no turn). In production, other parts: RMSNorm, SwiGLU, grouped-query
+    attention.
 
     >>> block, no_rotation = Block(ModelConfig(dim=8)), torch.tensor([1.0, 0.0])
     >>> block(torch.zeros(1, 3, 8), rotations=no_rotation.expand(3, 2, 2)).shape
@@ -464,9 +464,9 @@ class Transformer(nn.Module):
         self.to_logits = nn.Linear(config.dim, config.vocab_size, bias=False)
         for name, weight in self.named_parameters():
             if weight.ndim == 2:  # the norms keep their gain of 1
-                std = weight.shape[1] ** -0.5  # 1 / sqrt(number of inputs)
+                std = weight.shape[1] ** -0.5  # 1 / sqrt(inputs); of the embedding 1 / sqrt(D)
                 if name.endswith(("to_out.weight", "down.weight")):
-                    std /= (2 * config.depth) ** 0.5  # each block adds two to x, as in GPT-2
+                    std /= (2 * config.depth) ** 0.5  # 2 * depth outputs add up in x; as GPT-2
                 nn.init.normal_(weight, std=std, generator=generator)
         # Rotations e^(i t w) at position t, with w = 10000^(-2j / (D/H)) for pair j. Real and
         # imaginary part are kept as two real numbers, because .to(bfloat16) would drop the latter.
@@ -556,7 +556,7 @@ def last_logits(model, ids):
     logits = []
     for rows in pieces:
         n = lengths[rows]
-        piece = ids[rows, : int(n.max())].clamp(min=0)  # a causal model ignores what comes later
+        piece = ids[rows, : int(n.max())].clamp(min=0)  # PAD becomes 0, which nothing before sees
         if hasattr(model, "next_token_logits"):
             logits.append(model.next_token_logits(piece, n))
         else:
@@ -581,7 +581,8 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
     the other rows hold.
 
     Cost: B * new * (prompt + new) tokens run through the model. A KV cache, which keeps the keys
-    and values of earlier tokens, would make it B * (prompt + new), with memory and bookkeeping.
+    and values of earlier tokens, would make it B * (prompt + new), at the price of memory and
+    bookkeeping.
 
     ValueError: an empty prompt or one without room for a new token, max_new_tokens < 1,
     temperature < 0, logits with NaN or +inf, or nothing but -inf.
@@ -636,7 +637,7 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
 
 
 def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=None):
-    """One answer to each prompt: sample() for text.
+    """One answer to each prompt: sample() for texts. `text` is a TextFormat.
 
     >>> model = Transformer(ModelConfig(dim=8, depth=1))
     >>> len(respond(model, ["sort ba", "sort dc"], TextFormat(), max_new_tokens=4))
@@ -659,12 +660,14 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 # obvious loss, -log p(chosen) + log p(rejected), pushes the rejected response towards probability 0
 # with a force that never fades, and the model into nonsense. DPO starts from a goal that has an
 # optimum: maximise a reward r of responses y drawn from the policy pi, but pay beta for every nat
-# by which the policy leaves the reference ref. (We shall never need the values of r.)
+# by which the policy leaves the reference ref. (This r is not the judge's reward, which only says
+# which answer is the chosen one. We shall never need the values of r.)
 #
 #     max_pi  sum over y of [ pi(y|x) r(x, y) - beta pi(y|x) log( pi(y|x) / ref(y|x) ) ]
 #
-# The second part is beta times the KL divergence of pi from ref. Set the derivative by each pi(y|x)
-# to zero, with a Lagrange multiplier m(x) that keeps the sum of pi over y at 1:
+# The second part is beta times the KL divergence, a measure of how far pi is from ref. Add
+# m(x) (1 - sum of pi), where the Lagrange multiplier m(x) keeps the sum of pi over y at 1, and set
+# the derivative by each pi(y|x) to zero:
 #
 #     r(x, y) - beta (log( pi(y|x) / ref(y|x) ) + 1) - m(x) = 0
 #
@@ -675,11 +678,12 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 #     r(x, y) = beta log( pi(y|x) / ref(y|x) ) + beta log Z(x)       the same, solved for the reward
 #
 # Read the last line backwards. Take any policy pi, such as the one in training: it is the optimum
-# of the goal above for the reward beta log(pi / ref). This is the IMPLICIT REWARD of pi, unique up
-# to a term of x alone. Assume (Bradley-Terry) that y1 is preferred to y2 with probability
-# sigmoid(r(x, y1) - r(x, y2)). With the implicit reward as r, the term of x cancels: the
-# probability of the preferences that we have seen depends on pi and ref alone. Training maximises
-# this probability, and needs no model of the reward. The loss is
+# of the goal above for the reward beta log(pi / ref). (Put it into the line for pi, and ref
+# cancels.) This is the IMPLICIT REWARD of pi, unique up to a term of x alone. Assume
+# (Bradley-Terry) that y1 is preferred to y2 with probability sigmoid(r(x, y1) - r(x, y2)). With the
+# implicit reward as r, the term of x cancels: the probability of the preferences that we have seen
+# depends on pi and ref alone. Training maximises this probability, and needs no model of the
+# reward. The loss is
 #
 #     -log sigmoid( beta log( pi(y1|x) / ref(y1|x) ) - beta log( pi(y2|x) / ref(y2|x) ) )
 #
@@ -787,7 +791,7 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta=0
 
 
 def spin_loss(policy_real, policy_generated, opponent_real, opponent_generated, *, lam=0.1):
-    """Self-Play Fine-Tuning, Eq. 4.7 of [3] with its logistic loss l(t) = log(1 + e^-t).
+    """Self-Play Fine-Tuning, Eq. 4.7 of [3] with its loss l(t) = log(1 + e^-t) = -log sigmoid(t).
 
     This is dpo_loss under other names: the demonstration ("real") is the chosen response, and the
     opponent, which is the model at the start of the round, is the reference and wrote the rejected
@@ -969,7 +973,7 @@ def make_pair(prompt, candidates, rewards, pick_pair=pick_best_worst, is_valid_p
     """One pair of the N candidates of a prompt, as (outcome, pair). The outcome, which
     generate_preferences counts, is "pairs", or with pair None the reason why there is none:
     "unparsed" if fewer than two candidates have a reward, "tied" if the picker found no two,
-    "invalid" if the two are equal, or if is_valid_pair refuses their rewards.
+    "invalid" if the two answers are equal, or if is_valid_pair refuses their rewards.
 
     >>> make_pair(torch.tensor([7]), torch.tensor([[8], [9]]), torch.tensor([1.0, 1.0]))
     ('tied', None)
@@ -1022,7 +1026,8 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
         with seeded(seed, number):  # all draws in this block depend on these two numbers alone
             prompt_ids = [text.prompt_ids(prompt) for prompt in chunk]
             rows = sample(model, [ids for ids in prompt_ids for _ in range(n_candidates)],
-                          **{"eos_id": text.eos_id, **sampling})  # row p * N + i: candidate i of p
+                          **{"eos_id": text.eos_id, **sampling})  # sampling may have an eos_id
+            # Row p * N + i is candidate i of prompt p.
             asked = [prompt for prompt in chunk for _ in range(n_candidates)]
             rewards = as_rewards(  # whatever form they have, (P * N,)
                 reward_fn(asked, [text.text(row) for row in rows]), len(rows))
@@ -1032,8 +1037,8 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
                 found.append(make_pair(ids, rows[of_p], rewards[of_p], pick_pair, is_valid_pair))
         return found
 
-    # The first chunk is small. A reward function may raise, as that of a self-reward stage does if
-    # no reply of its judge holds a score, and then it does so early.
+    # The first chunk is small, so that a reward function that raises does so early. (JudgeReward of
+    # section 9 raises where judge() has given NaN for every answer so far.)
     chunks = [prompts[:4], *(prompts[at : at + 64] for at in range(4, len(prompts), 64))]
     pairs, counts = [], dict(pairs=0, unparsed=0, tied=0, invalid=0)
     # parallel_map is map(), except that several processes would share the chunks.
@@ -1056,8 +1061,8 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
 # --------------------------------------------------------------------------------------------------
 # 8. Training
 # --------------------------------------------------------------------------------------------------
-# One loop over updates serves all stages. It minimises a weighted sum of objectives, each with its
-# own examples:
+# One loop over updates serves all stages. (A stage turns one model into the next, M0 into M1.) It
+# minimises a weighted sum of objectives, each with its own examples:
 #     SFT         -log p of response tokens, for demonstrations
 #     preference  dpo_loss or spin_loss of pairs, optionally plus -log p of the chosen response
 # An objective returns a SUM of losses and a COUNT, not a mean. The loop divides. A mean of means
@@ -1149,8 +1154,8 @@ def preference_objective(pairs, loss_fn, nll_weight=0.0):
 
 
 def with_reference_logprobs(model, pairs):
-    """Freeze the reference: the pairs, sorted by length (fit shuffles them), with ref_chosen and
-    ref_rejected under the model as it is now.
+    """Freeze the reference: the pairs, in another order (fit shuffles them anyway), with ref_chosen
+    and ref_rejected under the model as it is now.
 
     These numbers are all that DPO needs of its reference, so no second model is kept, and the
     reference cannot change by mistake. Pairs go through the model in pieces of about 4,096 tokens,
@@ -1221,7 +1226,7 @@ class StageConfig:
     replay_weight: float = 1.0  # weight of their sft_loss
 
     def __new__(cls, **fields):
-        refuse_old_names(cls, fields)  # of self-rewarding-lm-pytorch; the error has the new name
+        refuse_old_names(cls, fields)  # of an older package, self-rewarding-lm-pytorch
         return super().__new__(cls)
 
     def __post_init__(self):
@@ -1349,11 +1354,11 @@ class SFTConfig(StageConfig):
 class SelfPlayConfig(StageConfig):
     """SPIN [3]: prefer each demonstration to what the model answers when the stage begins.
 
-    It pulls the model toward the demonstrations and cannot pass them: it prefers a demonstration
-    even where the model's answer is better. A round that is trained to its exact optimum turns the
-    distribution p of the model into p (p_data / p)^(1/lam), up to a factor (Theorem 5.4 of [3];
-    p_data is that of the demonstrations). So lam=1 gives p_data in one round. The 0.1 of [3] would
-    overshoot it by far, but real rounds stop long before their optimum.
+    It pulls the model toward the demonstrations, so it cannot make it write better than they are:
+    it prefers a demonstration even where the model's answer is better. With lam=1, a round that is
+    trained to its exact optimum ends at the distribution p_data of the demonstrations. In general
+    it turns the model's p into p (p_data / p)^(1/lam), up to a factor (Theorem 5.4 of [3]); with
+    the 0.1 of [3] that is far beyond p_data, but real rounds stop long before their optimum.
 
     >>> SelfPlayConfig(train_dataset=[TextFormat().item("hi", "yo")]).lam
     0.1
@@ -1696,8 +1701,9 @@ def recipe_stages(recipe, world, demonstrations, make_judgements):
 
     demonstrations: (prompt, answer) pairs. make_judgements: a function that returns (prompt,
     answer, verdict) triples, or None if there are no such data. It is a function because M0, which
-    writes some of the answers, has to exist first. The one that train() passes calls
-    world.judgements(n, M0, tidy) the first time, and returns the same triples ever after.
+    writes some of the answers, has to exist first. The one that train() passes reads
+    M0 from its checkpoint and calls world.judgements(n, M0, tidy) the first time, when M1 begins;
+    ever after it returns the same triples.
 
     >>> [stage.kind for stage in recipe_stages(Recipe(), LetterWorld(), [("sort ba", "ab")], None)]
     ['sft', 'sft', 'self-reward', 'self-reward']
@@ -2325,7 +2331,8 @@ class SelfRewardingTrainer:
         join_processes()
         stages, judges = finetune_configs, self_reward_prompt_config
         self.configs = paper_stages(**stages) if isinstance(stages, dict) else list(stages)
-        require(len(self.configs) > 0 and all(isinstance(c, StageConfig) for c in self.configs),
+        is_stage = lambda c: isinstance(c, StageConfig) and hasattr(c, "run")
+        require(len(self.configs) > 0 and all(map(is_stage, self.configs)),
                 f"finetune_configs: one or more stage configs are needed, not {self.configs!r}")
         self.judges = judges if isinstance(judges, dict) else {"default": judges}
         self.text = TextFormat(tokenizer_encode, tokenizer_decode, chat_template, eos_id)

@@ -1637,7 +1637,7 @@ def test_pairs_can_be_generated_twice(seed):
     same([list(pair) for pair in two], [list(pair) for pair in one])
     assert [pair.chosen.tolist() for pair in one] != [pair.chosen.tolist() for pair in other]
     rows = [ids for pair in one + two for ids in pair[:3]]
-    assert len({ids.untyped_storage().data_ptr() for ids in rows}) == len(rows)
+    assert len({ids.untyped_storage().data_ptr() for ids in rows}) == len(rows) > 9
     assert all(ids.untyped_storage().nbytes() == 8 * len(ids) for ids in rows)  # nor hold a batch
 
 
@@ -2335,6 +2335,15 @@ def test_the_device_is_where_the_model_lives(tmp_path):
     assert {weight.device.type for weight in moved.parameters()} == {"meta"}
 
 
+@pytest.mark.parametrize("device", ["hpu", "privateuseone"])
+def test_a_device_whose_module_is_missing_is_one_line(device, capsys):
+    """A device that torch knows but cannot use is refused in one line."""
+    with pytest.raises(SystemExit):
+        srlm.main(["--device", device])
+    error = capsys.readouterr().err
+    assert device in error and len(error.splitlines()) == 1
+
+
 def test_the_stages_of_the_paper(tmp_path):
     """A dict of arguments stands for the stages of the paper: SFT, then rounds of self-rewarding DPO."""
     recipe = dict(sft_dataset=ITEMS, prompt_dataset=WORDS, sft=dict(steps=2),
@@ -2343,8 +2352,18 @@ def test_the_stages_of_the_paper(tmp_path):
     records = trainer(tmp_path, recipe)()
     assert [(record["kind"], record["steps"]) for record in records] == [
         ("sft", 2), ("self-reward", 1), ("self-reward", 1)]
-    with pytest.raises(ValueError, match="one or more stage configs"):
-        trainer(tmp_path, [])
+    for stages in ([], [srlm.StageConfig()]):  # a StageConfig alone says nothing of what to do
+        with pytest.raises(ValueError, match="one or more stage configs"):
+            trainer(tmp_path, stages)
+
+
+def test_the_built_in_model_samples_and_trains_in_bfloat16():
+    """Stages that train, write and judge run in bfloat16, and leave the weights in it."""
+    model = srlm.Transformer(srlm.ModelConfig(9, 8, 1, 1, 30), generator(0)).to(torch.bfloat16)
+    before = weights(model)
+    records, after, _ = run([stage(kind, learning_rate=0.1) for kind in KINDS], model)
+    assert all(math.isfinite(record["loss"]) for record in records)
+    assert {weight.dtype for weight in after.values()} == {torch.bfloat16} and moved(before, after)
 
 
 class PoliteWorld:
