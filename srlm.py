@@ -53,9 +53,8 @@ Sources, cited as [1] to [5]:
     [5] arXiv:2404.19733  Iterative Reasoning Preference Optimization: DPO with a likelihood term
 
 Left out of [1]: the pretrained 70B model (0.16M weights show the loop in minutes), prompts written
-by a second model (a program draws them), filtering them for similarity, and dropout. Left out of
-[3]: its other losses, and rejected answers of earlier rounds. Left out everywhere: a KV cache
-(section 4) and mixed precision, which would hide the algorithm.
+by a second model (a program draws them), and dropout. Left out of [3]: its other losses. Left out
+everywhere: a KV cache (section 4) and mixed precision, which would hide the algorithm.
 
 Shapes: B batch, T time (tokens), V vocabulary, N candidates of a prompt, P prompts, H heads,
 D width of the model. Log-probabilities are natural logarithms (nats); scores are 0 to 5 points.
@@ -74,8 +73,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
-# Idle threads sleep after a short wait, so that two runs at once on one machine take about twice as
-# long as one, not ten times. It has to be set before torch is imported.
+# So that two runs at once on one machine take about twice as long as one, not ten times: idle
+# threads of torch sleep. It has to be set before torch is imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="1000")
 
@@ -273,7 +272,7 @@ class LetterWorld:
 EOS = 256  # end of sequence: the model has finished its answer; no text contains this id
 VOCAB_SIZE = 257
 PAD = -1  # not a token: marks the empty places of a batch; replaced before any model sees them
-# Functions that take a padded tensor have pad_id=PAD: pass the id that your own code pads with.
+# Functions that take a padded tensor have pad_id=PAD, for tensors that other code has padded.
 
 
 def encode(text):
@@ -377,9 +376,8 @@ class TextFormat:
 #
 # So any causal model can take its place. Two optional attributes are used where they exist:
 #     max_seq_len                       the largest T that the model accepts
-#     next_token_logits(ids, lengths)   (B, T), (B,) -> (B, V): logits at position lengths - 1 only.
-#                                       Logits at other positions are never computed. This is
-#                                       also the place for a KV cache.
+#     next_token_logits(ids, lengths)   (B, T), (B,) -> (B, V): the logits at position lengths - 1,
+#                                       for a model that can spare itself all others
 
 
 @dataclass(frozen=True)
@@ -399,7 +397,7 @@ class ModelConfig:
 
     def __post_init__(self):
         require(self.dim % (2 * self.heads) == 0, f"ModelConfig: dim={self.dim} is not a multiple "
-                f"of 2 * heads={2 * self.heads}, which rotary positions need")
+                f"of 2 * heads={2 * self.heads}: RoPE turns pairs of features")
 
 
 class Block(nn.Module):
@@ -407,8 +405,7 @@ class Block(nn.Module):
 
     x (B, T, D) -> (B, T, D). Positions enter by RoPE: each pair of neighbouring features of q and k
     is turned by an angle that grows with the position. rotations (T, D/(2H), 2) holds the cosines
-    and sines (1 and 0: no turn). In production, other parts: RMSNorm, SwiGLU, grouped-query
-    attention.
+    and sines (1 and 0: no turn).
 
     >>> block, no_rotation = Block(ModelConfig(dim=8)), torch.tensor([1.0, 0.0])
     >>> block(torch.zeros(1, 3, 8), rotations=no_rotation.expand(3, 2, 2)).shape
@@ -429,12 +426,11 @@ class Block(nn.Module):
     def forward(self, x, rotations):
         qkv = self.to_qkv(self.attention_norm(x))  # (B, T, 3D)
         qkv = rearrange(qkv, "b t (n h d) -> n b h t d", n=3, h=self.heads)  # (3, B, H, T, D/H)
-        # RoPE (arXiv:2104.09864): two neighbouring features are one complex number, which is
-        # multiplied by e^(i t w), that is, turned by an angle proportional to its position t. (Each
-        # pair has a constant w, set in Transformer.) A dot product q . k of real vectors is a sum
-        # of Re( q conj(k) ) over the pairs. For a query at position s and a key at position t,
-        #     Re( q e^(i s w) conj(k e^(i t w)) ) = Re( q conj(k) e^(i (s - t) w) )
-        # so attention sees how far apart two tokens are, and not where they are.
+        # RoPE (arXiv:2104.09864): two neighbouring features are one complex number, turned by an
+        # angle proportional to the position of its token. Let a query at position s have the pair a
+        # and a key at position t the pair b. Their part of the dot product of query and key is
+        #     Re( a e^(i s w) conj(b e^(i t w)) ) = Re( a conj(b) e^(i (s - t) w) )
+        # so attention depends on the distance s - t alone. (w: a constant of the pair.)
         precise = torch.promote_types(x.dtype, torch.float32)  # bfloat16 has no complex numbers
         pairs = qkv[:2].to(precise).unflatten(-1, (-1, 2))  # q and k: (2, B, H, T, D/2H, 2)
         rotated = torch.view_as_complex(pairs) * torch.view_as_complex(rotations.to(precise))
@@ -447,8 +443,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A small decoder that fulfils the contract. `generator` draws its initial weights.
 
-    It computes what a GPT-NeoX of Hugging Face transformers computes from the same weights, once
-    they are reordered to its layout. ValueError if a row is longer than max_seq_len.
+    Same architecture as GPT-NeoX (without biases). ValueError if a row is longer than max_seq_len.
 
     >>> model = Transformer(ModelConfig(dim=8, depth=1))
     >>> model(torch.tensor([encode("sort")])).shape                        # (B, T) -> (B, T, V)
@@ -464,9 +459,9 @@ class Transformer(nn.Module):
         self.to_logits = nn.Linear(config.dim, config.vocab_size, bias=False)
         for name, weight in self.named_parameters():
             if weight.ndim == 2:  # the norms keep their gain of 1
-                std = weight.shape[1] ** -0.5  # 1 / sqrt(inputs); of the embedding 1 / sqrt(D)
+                std = weight.shape[1] ** -0.5  # 1 / sqrt(number of inputs)
                 if name.endswith(("to_out.weight", "down.weight")):
-                    std /= (2 * config.depth) ** 0.5  # 2 * depth outputs add up in x; as GPT-2
+                    std /= (2 * config.depth) ** 0.5  # x is a sum of 2 * depth outputs; as in GPT-2
                 nn.init.normal_(weight, std=std, generator=generator)
         # Rotations e^(i t w) at position t, with w = 10000^(-2j / (D/H)) for pair j. Real and
         # imaginary part are kept as two real numbers, because .to(bfloat16) would drop the latter.
@@ -541,31 +536,26 @@ def top_p(logits, p):
 def last_logits(model, ids):
     """Logits after the last token of each row, padded on the right with PAD: (B, T) -> (B, V).
 
-    Two savings. Identical rows run once: at the first step the N candidates of a prompt are the
-    same row, and so are the judge prompts of an answer that is judged several times. And rows run
-    in pieces of about 4,096 tokens, sorted by length, so that a piece has little padding and fits
-    into a CPU's cache.
+    Two savings: identical rows run once, as the N candidates of a prompt are at the first step; and
+    rows run in pieces of similar lengths and at most 4,096 tokens, which fit into a CPU's cache.
 
     >>> uniform = lambda ids: torch.zeros(*ids.shape, 3)
     >>> last_logits(uniform, torch.tensor([[1, 2], [1, PAD]])).shape
     torch.Size([2, 3])
     """
-    ids, unique_of_row = ids.unique(dim=0, return_inverse=True)  # row i: ids[unique_of_row[i]]
+    ids, number = ids.unique(dim=0, return_inverse=True)  # row i of the input is ids[number[i]]
     lengths = (ids != PAD).sum(dim=1)
-    pieces = pieces_by_tokens(lengths.tolist())  # lists of row numbers, rows of similar lengths
-    logits = []
-    for rows in pieces:
+    logits = [None] * len(ids)
+    for rows in pieces_by_tokens(lengths.tolist()):  # row numbers
         n = lengths[rows]
-        piece = ids[rows, : int(n.max())].clamp(min=0)  # PAD becomes 0, which nothing before sees
+        piece = ids[rows, : int(n.max())].clamp(min=0)  # PAD becomes 0; a causal model ignores it
         if hasattr(model, "next_token_logits"):
-            logits.append(model.next_token_logits(piece, n))
+            found = model.next_token_logits(piece, n)
         else:
-            logits.append(model(piece)[torch.arange(len(n), device=n.device), n - 1])
-    by_length = [row for piece in pieces for row in piece]
-    logits = torch.cat(logits)  # entry k belongs to row by_length[k]
-    in_order = torch.empty_like(logits)
-    in_order[by_length] = logits
-    return in_order[unique_of_row]  # each is copied to all duplicates of its row
+            found = model(piece)[torch.arange(len(n), device=n.device), n - 1]
+        for row, values in zip(rows, found):
+            logits[row] = values
+    return torch.stack(logits)[number]
 
 
 def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None, eos_id=EOS,
@@ -581,8 +571,7 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
     the other rows hold.
 
     Cost: B * new * (prompt + new) tokens run through the model. A KV cache, which keeps the keys
-    and values of earlier tokens, would make it B * (prompt + new), at the price of memory and
-    bookkeeping.
+    and values of earlier tokens, would make it B * (prompt + new).
 
     ValueError: an empty prompt or one without room for a new token, max_new_tokens < 1,
     temperature < 0, logits with NaN or +inf, or nothing but -inf.
@@ -600,7 +589,7 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
     if not rows:
         return []
     start = torch.tensor([len(row) for row in rows])
-    noise = torch.rand(len(rows), max_new_tokens, generator=generator)  # for the draws below
+    noise = torch.rand(len(rows), max_new_tokens, generator=generator)  # one number a draw
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
     # device_of says where the weights of a model are, "cpu" or "cuda".
     ids = F.pad(ids, (0, max_new_tokens), value=PAD).to(device_of(model))  # (B, T + new)
@@ -652,7 +641,7 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 # 5. Log-probabilities and losses
 # --------------------------------------------------------------------------------------------------
 # A row of ids is a prompt, its response and, on the right, padding; prompt_lens says where the
-# response begins. Most mistakes in code of this kind are made here, so two things are settled once:
+# response begins. What usually goes wrong here:
 #     the shift   the logits at position t predict token t + 1
 #     the mask    only tokens of the response count, EOS included, prompt and padding excluded
 #
@@ -660,8 +649,8 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 # obvious loss, -log p(chosen) + log p(rejected), pushes the rejected response towards probability 0
 # with a force that never fades, and the model into nonsense. DPO starts from a goal that has an
 # optimum: maximise a reward r of responses y drawn from the policy pi, but pay beta for every nat
-# by which the policy leaves the reference ref. (This r is not the judge's reward, which only says
-# which answer is the chosen one. We shall never need the values of r.)
+# by which the policy leaves the reference ref. (The values of r will not be needed: the judge only
+# says which of two responses has the higher one.)
 #
 #     max_pi  sum over y of [ pi(y|x) r(x, y) - beta pi(y|x) log( pi(y|x) / ref(y|x) ) ]
 #
@@ -672,29 +661,28 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 #     r(x, y) - beta (log( pi(y|x) / ref(y|x) ) + 1) - m(x) = 0
 #
 # (The derivative of pi log(pi / ref) by pi is log(pi / ref) + 1.) Solve for pi. What does not
-# depend on y, the 1 and m(x), goes into one factor Z(x):
+# depend on y goes into one factor, Z(x) = exp(1 + m(x) / beta):
 #
 #     pi(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x)
 #     r(x, y) = beta log( pi(y|x) / ref(y|x) ) + beta log Z(x)       the same, solved for the reward
 #
-# Read the last line backwards. Take any policy pi, such as the one in training: it is the optimum
-# of the goal above for the reward beta log(pi / ref). (Put it into the line for pi, and ref
-# cancels.) This is the IMPLICIT REWARD of pi, unique up to a term of x alone. Assume
-# (Bradley-Terry) that y1 is preferred to y2 with probability sigmoid(r(x, y1) - r(x, y2)). With the
-# implicit reward as r, the term of x cancels: the probability of the preferences that we have seen
-# depends on pi and ref alone. Training maximises this probability, and needs no model of the
-# reward. The loss is
+# Now take any policy pi, such as the one in training, and choose the reward r = beta log(pi / ref).
+# The optimum for this reward is pi itself. (Put r into the line for pi: ref cancels, and Z is 1.)
+# It is called the IMPLICIT REWARD of pi. Assume (Bradley-Terry) that y1 is preferred to y2 with
+# probability sigmoid(r(x, y1) - r(x, y2)). Any reward with the optimum pi differs from the implicit
+# one by beta log Z(x), a term of x alone, which cancels here. So the probability of the preferences
+# that we have seen depends on pi and ref alone. The loss is minus its logarithm:
 #
 #     -log sigmoid( beta log( pi(y1|x) / ref(y1|x) ) - beta log( pi(y2|x) / ref(y2|x) ) )
 #
-# and its gradient fades as the difference grows.
+# Its gradient fades as the difference grows.
 
 
 def row_lengths(ids, pad_id):
     """Tokens before the run of pad_id that ends a row: (B, T) -> (B,).
 
-    A pad_id earlier in the row counts as an ordinary token. (Do not pad with EOS: the EOS that ends
-    the response would be cut off with the padding.)
+    A pad_id earlier in the row is an ordinary token. (Do not pad with EOS: the EOS that ends the
+    response would count as padding.)
 
     >>> row_lengths(torch.tensor([[0, 7, 0, 0]]), pad_id=0)
     tensor([2])
@@ -706,9 +694,9 @@ def row_lengths(ids, pad_id):
 def token_logprobs(model, ids, pad_id=PAD):
     """log p(ids[:, t+1] | ids[:, :t+1]) at index t: (B, T) -> (B, T-1), in nats.
 
-    Padding is the run of pad_id at the end of a row; pad_id elsewhere is an ordinary token. Padding
-    is replaced by 0 before the model is called. The result is float32 or wider whatever the
-    dtype of the model: a sum over 200 tokens in bfloat16 would be off by 2 nats.
+    Padding, which is the run of pad_id at the end of a row, is replaced by 0 before the model is
+    called. The result is float32 or wider whatever the dtype of the model: a sum over 200 tokens in
+    bfloat16 would be off by 2 nats.
 
     >>> uniform = lambda ids: torch.zeros(*ids.shape, 4)
     >>> token_logprobs(uniform, torch.tensor([[3, 1, 2]]))           # ln(1/4) each
@@ -725,8 +713,8 @@ def token_logprobs(model, ids, pad_id=PAD):
 def response_mask(ids, prompt_lens, pad_id=PAD):
     """True at index t if token t + 1 belongs to the response: (B, T), (B,) -> (B, T-1) bool.
 
-    The run of pad_id at the end of a row is padding; pad_id elsewhere is an ordinary token. The
-    first token of a row is never predicted, so prompt_len 0 means the same as 1.
+    Padding is the run of pad_id at the end of a row. The first token of a row is never predicted,
+    so prompt_len 0 means the same as 1.
 
     >>> response_mask(torch.tensor([[5, 6, 7, 8, EOS, PAD]]), torch.tensor([2]))
     tensor([[False,  True,  True,  True, False]])
@@ -757,9 +745,8 @@ def sequence_logprobs(model, ids, prompt_lens, pad_id=PAD):
 def sft_loss(model, ids, prompt_lens, pad_id=PAD):
     """Supervised fine-tuning: mean of -log p over all response tokens of a batch; scalar, in nats.
 
-    The mean is over tokens and not over rows, so within a batch a long response counts for more.
-    It is zero, with zero gradient, if no row has a response. (fit(), in section 8, uses the same as
-    a sum and a count.)
+    The mean is over tokens and not over rows. It is zero, with zero gradient, if no row has a
+    response. (fit(), in section 8, uses the same as a sum and a count.)
 
     >>> uniform = lambda ids: torch.zeros(*ids.shape, VOCAB_SIZE)
     >>> sft_loss(uniform, torch.tensor([[5, 6, 7, EOS, PAD]]), torch.tensor([2]))     # ln 257
@@ -777,8 +764,7 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta=0
 
     Returns (losses, rewards of the chosen, rewards of the rejected), the rewards detached. If the
     policy equals the reference, the loss is log 2. Larger beta keeps the policy closer to the
-    reference. Only the difference of the rewards counts: log pi(chosen) may fall, as long as
-    log pi(rejected) falls more. (Section 8 adds a term against that.)
+    reference. Only the difference of the rewards counts: log pi(chosen) may fall.
 
     >>> logp = torch.tensor
     >>> dpo_loss(logp([-4.0]), logp([-9.0]), logp([-5.0]), logp([-6.0]), beta=0.5)
@@ -806,9 +792,9 @@ def spin_loss(policy_real, policy_generated, opponent_real, opponent_generated, 
 # --------------------------------------------------------------------------------------------------
 # 6. The judge
 # --------------------------------------------------------------------------------------------------
-# The same model is the judge. It is shown a prompt and a response in a judge prompt, and its reply
-# contains a verdict, from which a score is read. What usually goes wrong here: the score is
-# read from the response instead of the reply, or a reply without a score breaks the loop.
+# The same model is the judge. It is shown a prompt and a response in a judge prompt, and a score is
+# read from the verdict in its reply. What usually goes wrong here: the score is read from the
+# response instead of the reply, or a reply without a score breaks the loop.
 
 
 @dataclass(frozen=True)
@@ -816,8 +802,8 @@ class RewardConfig:
     """How to ask a judge for a score, and how to read the score from its reply.
 
     prompt_template: the judge prompt, with {{ prompt }} and {{ response }}.
-    reward_regex_template: what a verdict looks like: literal text with one {{ reward }}. (It is
-    not a regular expression.)
+    reward_regex_template: what a verdict looks like: literal text with one {{ reward }}. (Despite
+    its name it is not a regular expression.)
     parse_reward: a function reply -> score or None of your own, instead of that template.
     reward_range: (lowest, highest) score; a score outside counts as none.
     ValueError for a template with missing or unknown variables, or with {{ reward }} twice.
@@ -854,14 +840,12 @@ class RewardConfig:
         Case, the amount of white space, Markdown emphasis, and one opening bracket or quote before
         the number do not matter; white space between literal text and the number may be missing.
         """
-        score = self.parse_reward(reply) if self.parse_reward else self._last_number(reply)
+        parse = self.parse_reward or functools.partial(last_number, self.reward_regex_template)
+        score = parse(reply)
         if score is None or not math.isfinite(score):
             return None
         low, high = self.reward_range or (-math.inf, math.inf)
         return score if low <= score <= high else None
-
-    def _last_number(self, reply):
-        return last_number(self.reward_regex_template, reply)
 
 
 DEFAULT_REWARD_CONFIG = RewardConfig(
@@ -901,8 +885,7 @@ def judge(model, reward_config, prompts, responses, *, encode=encode, decode=dec
     Each response is judged n_samples times (3 in [1]), and the valid scores are averaged. Only the
     judge's reply is parsed, so a "Score: 5" inside a response is never taken for the score.
     encode, decode, eos_id: the judge's. (A judge prompt has no chat template around it, so no
-    TextFormat is taken.) max_new_tokens leaves room for an explanation. on_reply is called with
-    each reply, so that errors can quote it.
+    TextFormat is taken.) on_reply: called with each reply.
 
     ValueError: unequal numbers of prompts and responses, or a judge prompt that leaves the model no
     room to reply.
@@ -930,8 +913,8 @@ def judge(model, reward_config, prompts, responses, *, encode=encode, decode=dec
 # --------------------------------------------------------------------------------------------------
 # 7. Preference pairs
 # --------------------------------------------------------------------------------------------------
-# For each prompt the model writes N candidates, somebody rewards them, and a picker chooses two.
-# It does not matter where rewards come from. The model itself, another model, or a program is
+# For each prompt the model writes N candidates, a reward function scores them, and a picker chooses
+# two. The model itself, another model, or a program is
 #     reward_fn(prompts: list[str], responses: list[str]) -> (B,) rewards, NaN for "no opinion"
 # What usually goes wrong: a prompt is skipped (tie, no reward), and from then on prompts are paired
 # with the answers to other prompts.
@@ -1026,7 +1009,7 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
         with seeded(seed, number):  # all draws in this block depend on these two numbers alone
             prompt_ids = [text.prompt_ids(prompt) for prompt in chunk]
             rows = sample(model, [ids for ids in prompt_ids for _ in range(n_candidates)],
-                          **{"eos_id": text.eos_id, **sampling})  # sampling may have an eos_id
+                          eos_id=text.eos_id, **sampling)
             # Row p * N + i is candidate i of prompt p.
             asked = [prompt for prompt in chunk for _ in range(n_candidates)]
             rewards = as_rewards(  # whatever form they have, (P * N,)
@@ -1037,8 +1020,7 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
                 found.append(make_pair(ids, rows[of_p], rewards[of_p], pick_pair, is_valid_pair))
         return found
 
-    # The first chunk is small, so that a reward function that raises does so early. (JudgeReward of
-    # section 9 raises where judge() has given NaN for every answer so far.)
+    # The first chunk is small, so that a judge that gives no score at all is noticed early.
     chunks = [prompts[:4], *(prompts[at : at + 64] for at in range(4, len(prompts), 64))]
     pairs, counts = [], dict(pairs=0, unparsed=0, tied=0, invalid=0)
     # parallel_map is map(), except that several processes would share the chunks.
@@ -1052,6 +1034,7 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
     pairs = pairs[:n_pairs]
     counts["pairs"] = len(pairs)
     summary = f"{counts} from {len(prompts)} prompts with {n_candidates} candidates each"
+    # A judge's replies are quoted: JudgeReward of section 9 keeps the last ones.
     require(len(pairs) > 0, f"no preference pair: {summary}{quoted_replies(reward_fn)}")
     if n_pairs is not None and len(pairs) < n_pairs:
         warnings.warn(f"{n_pairs} preference pairs were asked for, but {summary}", stacklevel=2)
@@ -1270,17 +1253,17 @@ def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
         height = min(step / peak_step, (steps + 1 - step) / (steps + 1 - peak_step))
         optimizer.param_groups[0]["lr"] = config.learning_rate * height
         optimizer.zero_grad()
-        loss, point = torch.zeros(()), {}
+        loss, metrics = torch.zeros(()), {}
         for objective, stream in zip(objectives, batches):
             batch = next(stream)[rank::world_size]  # the share of this process
-            total, count, sums = objective.loss(model, batch)
-            count = sum_over_processes(count)
-            loss = loss + objective.weight * total / count
-            point |= {name: value / count for name, value in sums.items()}
+            loss_sum, count, metric_sums = objective.loss(model, batch)
+            count = sum_over_processes(count)  # so the losses of all processes add up to the mean
+            loss = loss + objective.weight * loss_sum / count
+            metrics |= {name: value / count for name, value in metric_sums.items()}
         loss.backward()
         sum_gradients_over_processes(parameters)
-        point = {"loss": loss.detach(), **point}
-        points.append({name: float(sum_over_processes(value)) for name, value in point.items()})
+        metrics = {"loss": loss.detach(), **metrics}
+        points.append({name: float(sum_over_processes(x)) for name, x in metrics.items()})
         require(math.isfinite(points[-1]["loss"]), f"step {step}: the loss is {points[-1]['loss']}")
         nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()
@@ -1316,7 +1299,7 @@ class Context(NamedTuple):
     after_update: Callable[[int], None] = lambda step: None  # called after each update
 
 
-def minimise(model, objective, stage, context):
+def minimise(model, objective, config, context):
     """The last step of every stage: fit() the objective, and the replay data if there are any.
 
     >>> model, items = Transformer(ModelConfig(dim=8, depth=1)), [TextFormat().item("hi", "yo")]
@@ -1324,11 +1307,11 @@ def minimise(model, objective, stage, context):
     2
     """
     objectives = [objective]
-    if stage.replay_dataset is not None and stage.replay_weight > 0:
+    if config.replay_dataset is not None and config.replay_weight > 0:
         # The entries of the data set, all checked. If it is a function of the model, it is called.
-        items = checked_data(stage, "replay_dataset", model, context.text)
-        objectives.append(sft_objective(items, stage.replay_weight))
-    return fit(model, objectives, stage, seed=context.seed, after_update=context.after_update)
+        items = checked_data(config, "replay_dataset", model, context.text)
+        objectives.append(sft_objective(items, config.replay_weight))
+    return fit(model, objectives, config, seed=context.seed, after_update=context.after_update)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1354,11 +1337,9 @@ class SFTConfig(StageConfig):
 class SelfPlayConfig(StageConfig):
     """SPIN [3]: prefer each demonstration to what the model answers when the stage begins.
 
-    It pulls the model toward the demonstrations, so it cannot make it write better than they are:
-    it prefers a demonstration even where the model's answer is better. With lam=1, a round that is
-    trained to its exact optimum ends at the distribution p_data of the demonstrations. In general
-    it turns the model's p into p (p_data / p)^(1/lam), up to a factor (Theorem 5.4 of [3]); with
-    the 0.1 of [3] that is far beyond p_data, but real rounds stop long before their optimum.
+    A demonstration is preferred even where the model's own answer is better, so the model can
+    become as good as the demonstrations and no better: with lam=1, the exact optimum of a round is
+    the distribution of the demonstrations (Theorem 5.4 of [3]).
 
     >>> SelfPlayConfig(train_dataset=[TextFormat().item("hi", "yo")]).lam
     0.1
@@ -1700,10 +1681,9 @@ def recipe_stages(recipe, world, demonstrations, make_judgements):
     """The stages of the recipe.
 
     demonstrations: (prompt, answer) pairs. make_judgements: a function that returns (prompt,
-    answer, verdict) triples, or None if there are no such data. It is a function because M0, which
-    writes some of the answers, has to exist first. The one that train() passes reads
-    M0 from its checkpoint and calls world.judgements(n, M0, tidy) the first time, when M1 begins;
-    ever after it returns the same triples.
+    answer, verdict) triples, always the same, or None if there are no such data. It is a function
+    because M0, which writes some of the answers, has to exist first: train() reads M0 from its
+    checkpoint when M1 begins, and calls world.judgements(n, M0, tidy).
 
     >>> [stage.kind for stage in recipe_stages(Recipe(), LetterWorld(), [("sort ba", "ab")], None)]
     ['sft', 'sft', 'self-reward', 'self-reward']
@@ -1711,13 +1691,17 @@ def recipe_stages(recipe, world, demonstrations, make_judgements):
     text = TextFormat(chat_template=world.CHAT_TEMPLATE)
     items = [text.item(prompt, answer) for prompt, answer in demonstrations]
 
-    def judging_items(model):  # the model of the stage, which make_judgements does not need
+    # Two data sets that are made when their stage begins: functions of the model (section 9), whose
+    # argument they do not need.
+
+    def judging_items(model):
         """To learn to judge: prompt and response of an item are a judge prompt and its verdict. A
         judge prompt is complete, so TextFormat() puts no chat template around it."""
         return [TextFormat().item(world.JUDGE.render(prompt, answer), verdict)
                 for prompt, answer, verdict in make_judgements()]
 
-    def both(model):  # about four gradings to one demonstration; fit() shuffles them
+    def both(model):
+        """About four gradings to one demonstration; fit() shuffles them."""
         return items + judging_items(model) if make_judgements else items
 
     sft = dict(learning_rate=recipe.sft_learning_rate)
