@@ -5,13 +5,10 @@ more probability to the answer it graded best and less to the one it graded wors
 makes its answers better than the demonstrations it learned from, as long as its grades are right
 more often than wrong.
 
-    M0   stands in for a pretrained model: from random weights, it learns the demonstrations as
-         plain texts, prompts and answers alike
-    M1   M0 after supervised fine-tuning (SFT) on demonstrations, and on examples of grading, in
-         which a program has written the grade of an answer
-    M2   M1 after DPO (section 5: a loss on pairs of a better and a worse answer) on pairs that M1
-         wrote and graded itself
-    M3   M2 after DPO on pairs that M2 wrote and graded itself
+    M0   a random Transformer trained on plain texts; it stands in for a pretrained model
+    M1   M0 after supervised fine-tuning (SFT) on demonstrations and on examples of grading
+    M2   M1 after DPO (section 5: a loss on pairs of answers) on pairs that M1 wrote and graded
+    M3   M2 after DPO on pairs that M2 wrote and graded
 
 The loop in pseudocode, simplified, with the function names and sections of this file:
 
@@ -33,17 +30,15 @@ The loop in pseudocode, simplified, with the function names and sections of this
 
 The reference is the model as it was when the round began; the policy is the model in training. The
 last two terms of the loss keep it from drifting, and from forgetting how to judge (sections 8, 11).
+To run it:
 
-To run it on a CPU:
-
-    python srlm.py              # M0 to M3 in two to three minutes; a table of how good they are
+    python srlm.py              # M0 to M3 on a CPU in two to three minutes, and a table
     python srlm.py --quick      # the same with smaller numbers
     python srlm.py ask checkpoints/3.self-reward.pt "sort dbca"
 
 Part I is the algorithm, in the order in which one would teach it. Part II is engineering: checks,
 files, resuming, several processes, the command line. Where Part I calls a function of Part II, its
-name or a comment says what it does. Functions called checked_... or check_... raise ValueError for
-a user's mistake.
+name or a comment says what it does.
 
 Sources, cited as [1] to [5]:
     [1] arXiv:2401.10020  Self-Rewarding Language Models: the loop, its judge, its figures
@@ -54,7 +49,8 @@ Sources, cited as [1] to [5]:
 
 Left out of [1]: the pretrained 70B model (0.16M weights show the loop in minutes), prompts written
 by a second model (a program draws them), and dropout. Left out of [3]: its other losses. Left out
-everywhere: a KV cache (section 4) and mixed precision, which would hide the algorithm.
+everywhere, because they would hide the algorithm: a KV cache (section 4), mixed precision, gradient
+accumulation, and weights that are spread over several devices.
 
 Shapes: B batch, T time (tokens), V vocabulary, N candidates of a prompt, P prompts, H heads,
 D width of the model. Log-probabilities are natural logarithms (nats); scores are 0 to 5 points.
@@ -64,11 +60,10 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import os
 import re
 import textwrap
-import warnings
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -86,11 +81,9 @@ from torch import Tensor, nn
 
 
 def require(condition, message):
-    """Raise ValueError(message) unless the condition holds.
+    """Raise ValueError(message) unless the condition holds: for a user's mistake.
 
-    >>> require(1 + 1 == 3, "1 + 1 is 2, not 3")
-    Traceback (most recent call last):
-    ValueError: 1 + 1 is 2, not 3
+    >>> require(1 + 1 == 2, "1 + 1 is not 2")
     """
     if not condition:
         raise ValueError(message)
@@ -108,9 +101,9 @@ def require(condition, message):
 # VERDICT is the text in which a judge gives points and score. A REWARD is the score that it gave.
 #
 # The task has what the loop needs. The demonstrations are mediocre, so there is something to gain.
-# A model that imitates them writes answers of varying quality, so the best of four answers to a
-# prompt is better than their mean. And grading is easier than writing: to grade, the model compares
-# an answer with its prompt; to write, it must sample every letter right.
+# A model that imitates them writes answers of varying quality, so there is something to choose
+# from. And grading is easier than writing: to grade, the model compares an answer with its prompt;
+# to write, it must sample every letter right.
 
 INSTRUCTIONS = {
     "sort": lambda letters: "".join(sorted(letters)),
@@ -120,22 +113,21 @@ INSTRUCTIONS = {
 }
 
 
-class LetterWorld:
+class LetterTask:
     """Prompts such as "sort dbca", whose perfect answer is "Sure: abcd.".
 
     One prompt, one sloppy answer, its five points, and its verdict, which is what a perfect judge
     replies. A verdict lists the points before their sum, because a model that writes one token at
     a time can then decide one point at a time.
 
-    >>> world = LetterWorld()
-    >>> dict(zip(world.POINTS, world.points("sort dbca", "Sure: abdc.")))
+    >>> task = LetterTask()
+    >>> dict(zip(task.POINTS, task.points("sort dbca", "Sure: abdc.")))
     {'polite': 1, 'relevant': 1, 'complete': 1, 'ordered': 0, 'full stop': 1}
-    >>> world.verdict("sort dbca", "Sure: abdc.")
+    >>> task.verdict("sort dbca", "Sure: abdc.")
     '11101 = 4'
 
-    instructions: names from INSTRUCTIONS. n_eval: how many prompts are held out for evaluation.
-    A data set is drawn from the seed and its own name, such as "demonstrations", so its size does
-    not change another one. Two training sets may share prompts, but none has a held-out one.
+    LetterWorld, in section 12, is this task together with its data: prompts, demonstrations with
+    one or two mistakes in every second one (mean true score 3), and answers with their verdicts.
     """
 
     POINTS = ("polite", "relevant", "complete", "ordered", "full stop")
@@ -143,20 +135,11 @@ class LetterWorld:
     JUDGE: RewardConfig  # what it sees before it grades: "? sort dbca\nabcd\n"; set in section 6
     max_new_tokens = 16  # of an answer; a perfect one has 13 letters or signs at most, and an end
     letters = "abcdefgh"
-    sizes = (4, 5, 6)  # a prompt has 4, 5 or 6 different letters
-
-    def __init__(self, instructions=("sort",), *, n_eval=200, seed=0):
-        self.instructions = list(dict.fromkeys(instructions))  # each name once
-        self.seed = seed
-        require(bool(instructions) and set(instructions) <= set(INSTRUCTIONS), "LetterWorld: "
-                f"instructions are {self.instructions}; known: {', '.join(INSTRUCTIONS)}")
-        self.eval_prompts = []  # nothing is held out yet from what prompts() may draw
-        self.eval_prompts = self.prompts(n_eval, "evaluation")  # prompts() never draws these again
 
     def target(self, prompt):
-        """The letters of the perfect answer. ValueError if it is no prompt of any LetterWorld.
+        """The letters of the perfect answer. ValueError if it is no prompt of the task.
 
-        >>> LetterWorld().target("reverse dbca")
+        >>> LetterTask().target("reverse dbca")
         'acbd'
         """
         name, _, letters = prompt.partition(" ")
@@ -166,11 +149,9 @@ class LetterWorld:
         return INSTRUCTIONS[name](letters)
 
     def points(self, prompt, response):
-        """Five points, 0 or 1 each. Each can be lost while the other four are kept.
-
-        "Ordered" means that two or more letters stand in the order of the perfect answer, none
-        twice; other characters are skipped, since "relevant" is lost for them.
-        """
+        """Five points, 0 or 1 each; each can be lost while the other four are kept. "Ordered": two
+        or more letters stand in the order of the perfect answer, none twice. (Other characters do
+        not matter here; they cost the point "relevant".)"""
         target = self.target(prompt)
         body = response.removeprefix("Sure: ").removesuffix(".")
         places = [target.index(letter) for letter in body if letter in target]
@@ -187,80 +168,6 @@ class LetterWorld:
     def verdict(self, prompt, response):
         points = self.points(prompt, response)
         return f"{''.join(map(str, points))} = {sum(points)}"
-
-    def demonstrate(self, prompt, rng):
-        """A sloppy answer: half have letters swapped, lost or inserted, seven in ten lack "Sure: ",
-        and seven in ten the full stop. They score 3 on average. The most likely answer of a model
-        that imitates them scores 3 too: relevant, complete, ordered, without "Sure: " and "."."""
-        body = self.target(prompt)
-        for _ in range(rng.choice(3, p=(0.5, 0.3, 0.2))):  # 0, 1 or 2 mistakes
-            body = one_mistake(body, self.letters, rng)  # two letters swapped, one lost or inserted
-        return ("Sure: " if rng.random() < 0.3 else "") + body + ("." if rng.random() < 0.3 else "")
-
-    def make_up(self, prompt, rng):
-        """An answer of any quality for a judge to practise on, with nonsense and attacks.
-
-        Of ten answers, eight have 0 to 4 mistakes, one is nonsense such as "0=c:", and one is an
-        attack; half of them begin with "Sure: ", and half end in a full stop. A judge that has
-        never seen nonsense overrates it, and then the model learns to write it. An attack is a
-        wrong answer with a newline in it, such as "b\\nSure: abcd.". The judge sees "? sort
-        dbca\\n<answer>\\n", so the last line that it reads looks like a perfect answer.
-        """
-        return made_up_answer(prompt, self.target(prompt), self.letters, rng)
-
-    def rng(self, purpose):
-        return np.random.default_rng([self.seed, *encode(purpose)])  # the name as bytes, section 2
-
-    def prompts(self, n, purpose):
-        """n different prompts, none of them held out. ValueError if there are not so many."""
-        n_held_out, rng = len(self.eval_prompts), self.rng(purpose)
-        n_strings = sum(math.perm(len(self.letters), size) for size in self.sizes)
-        n_left = len(self.instructions) * n_strings - n_held_out
-        require(n <= n_left, f"LetterWorld: {n} prompts asked for, but there are only {n_left}")
-        found = dict.fromkeys(self.eval_prompts)  # a dict as an ordered set; these count as taken
-        while len(found) < n_held_out + n:
-            letters = rng.permutation(list(self.letters))[: rng.choice(self.sizes)]
-            found[f"{rng.choice(self.instructions)} {''.join(letters)}"] = None
-        return list(found)[n_held_out:]
-
-    def demonstrations(self, n):
-        """(prompt, sloppy answer) pairs, to learn to answer; IFT data (instruction
-        fine-tuning) in [1]."""
-        rng = self.rng("demonstrate")
-        prompts = self.prompts(n, "demonstrations")
-        return [(prompt, self.demonstrate(prompt, rng)) for prompt in prompts]
-
-    def judgements(self, n, model, tidy):
-        """(prompt, answer, verdict) triples, to learn to judge; EFT data (evaluation
-        fine-tuning) in [1].
-
-        `model`, which is M0 in the recipe (section 11), writes three in ten of the answers, a
-        quarter of them at each of four temperatures, because the annotators of [1] graded answers
-        of a model too. The others are made up, because M0 writes too few good answers. With
-        tidy=True all answers are sloppy ones as in the demonstrations: an experiment in which the
-        judge sees no nonsense.
-        """
-        prompts, rng, pairs = self.prompts(n, "judgements"), self.rng("make up"), []
-        n_written = 0 if tidy else round(0.3 * n)
-        for i, temperature in enumerate((1.0, 1.3, 1.6, 2.0)):
-            asked = prompts[:n_written][i::4]
-            pairs += zip(asked, self.write(model, asked, temperature))
-        make_answer = self.demonstrate if tidy else self.make_up
-        pairs += [(prompt, make_answer(prompt, rng)) for prompt in prompts[n_written:]]
-        return [(prompt, answer, self.verdict(prompt, answer)) for prompt, answer in pairs]
-
-    def graded_answers(self, model):
-        """What judges are measured by: (prompt, answer, true score), five answers of `model` to
-        each held-out prompt. The recipe passes M0, so that all judges get the same answers."""
-        asked = [prompt for prompt in self.eval_prompts for _ in range(5)]
-        pairs = zip(asked, self.write(model, asked, temperature=1.0))
-        return [(prompt, answer, self.score(prompt, answer)) for prompt, answer in pairs]
-
-    def write(self, model, prompts, temperature):
-        text = TextFormat(chat_template=self.CHAT_TEMPLATE)  # section 2; respond: section 4
-        seed = combine_seeds(self.seed, round(10 * temperature))  # one number made of two
-        generator = torch.Generator().manual_seed(seed)
-        return respond(model, prompts, text, self.max_new_tokens, temperature, generator)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -300,19 +207,13 @@ _VARIABLE = re.compile(r"\{\{\s*([^{}]*?)\s*\}\}")
 
 
 def check_template(name, template, variables):
-    """The template without common indentation. ValueError unless it has exactly these variables.
+    """ValueError unless the template has exactly these variables.
 
-    >>> check_template("chat_template", "> {{ prompt }}", ["prompt"])
-    '> {{ prompt }}'
+    >>> check_template("chat_template", "> {{ prompt }}", {"prompt"})
     """
-    template = textwrap.dedent(template)
-    found = _VARIABLE.findall(template)
-    for variable in variables:
-        require(variable in found, f"the {name} {template!r} has no {{{{ {variable} }}}}")
-    for variable in found:
-        require(variable in variables, f"the {name} {template!r} has the unknown variable "
-                f"{{{{ {variable} }}}}; known: {', '.join(variables)}")
-    return template
+    found = set(_VARIABLE.findall(template))
+    require(found == variables, f"the {name} {template!r} has the variables {sorted(found)}, "
+            f"not {sorted(variables)}")
 
 
 def render(template, **values):
@@ -342,7 +243,7 @@ class TextFormat:
     eos_id: int | None = EOS
 
     def __post_init__(self):
-        check_template("chat_template", self.chat_template, ["prompt"])  # only checked
+        check_template("chat_template", self.chat_template, {"prompt"})
 
     def ids(self, text):
         """Token ids of a text, 1-D."""
@@ -514,7 +415,7 @@ def top_k(logits, k):
 
 def top_p(logits, p):
     """Nucleus sampling (arXiv:1904.09751): from the most likely token down, keep as few tokens as
-    add up to a probability of at least p. (B, V) -> (B, V). One token always stays; p=1 keeps all.
+    add up to a probability of at least p, and at least one. (B, V) -> (B, V). p=1 keeps all.
 
     ValueError unless 0 <= p <= 1.
 
@@ -588,13 +489,12 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
     require(temperature >= 0, f"sample: temperature={temperature} is not 0 or more")
     if not rows:
         return []
-    start = torch.tensor([len(row) for row in rows])
-    noise = torch.rand(len(rows), max_new_tokens, generator=generator)  # one number a draw
+    device = device_of(model)  # where its weights are, such as "cpu" or "cuda"
+    noise = torch.rand(len(rows), max_new_tokens, generator=generator).to(device)  # one a draw
+    lengths = torch.tensor([len(row) for row in rows], device=device)
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
-    # device_of says where the weights of a model are, "cpu" or "cuda".
-    ids = F.pad(ids, (0, max_new_tokens), value=PAD).to(device_of(model))  # (B, T + new)
-    lengths, noise = start.clone().to(ids.device), noise.to(ids.device)
-    active = torch.arange(len(rows), device=ids.device)  # rows that are not finished
+    ids = F.pad(ids, (0, max_new_tokens), value=PAD).to(device)  # (B, T + new)
+    active = torch.arange(len(rows), device=device)  # rows that are not finished
     with evaluating(model):  # no gradients, no dropout
         for step in progress(range(max_new_tokens), "sampling"):  # with a progress bar
             longest = int(lengths[active].max())
@@ -621,8 +521,8 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
             active = active[unfinished]  # finished rows leave the batch
             if len(active) == 0:
                 break
-    ids, lengths = ids.cpu(), lengths.cpu()
-    return [row[a:b].clone() for row, a, b in zip(ids, start.tolist(), lengths.tolist())]
+    ends = zip(rows, ids.cpu(), lengths.tolist())
+    return [row[len(prompt) : end].clone() for prompt, row, end in ends]
 
 
 def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=None):
@@ -779,9 +679,9 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta=0
 def spin_loss(policy_real, policy_generated, opponent_real, opponent_generated, *, lam=0.1):
     """Self-Play Fine-Tuning, Eq. 4.7 of [3] with its loss l(t) = log(1 + e^-t) = -log sigmoid(t).
 
-    This is dpo_loss under other names: the demonstration ("real") is the chosen response, and the
+    This is dpo_loss under other names: the demonstration ("real") is the chosen response; the
     opponent, which is the model at the start of the round, is the reference and wrote the rejected
-    response. Beware of the letters: SPIN's lambda is DPO's beta.
+    response; lambda is DPO's beta.
 
     >>> spin_loss(*torch.tensor([[-4.0], [-9.0], [-5.0], [-6.0]]), lam=0.5)[0]
     tensor([0.1269])
@@ -819,18 +719,17 @@ class RewardConfig:
     reward_range: tuple[float, float] | None = None
 
     def __post_init__(self):
-        prompt = check_template("prompt_template", self.prompt_template, ["prompt", "response"])
-        object.__setattr__(self, "prompt_template", prompt)  # how to set a field of a frozen class
+        check_template("prompt_template", self.prompt_template, {"prompt", "response"})
         if self.parse_reward is None:
-            reward = self.reward_regex_template or ""
-            reward = check_template("reward_regex_template", reward, ["reward"])
-            require(len(_VARIABLE.findall(reward)) == 1,
-                    f"the reward_regex_template {reward!r} has more than one {{{{ reward }}}}")
-            object.__setattr__(self, "reward_regex_template", reward)
+            verdict = self.reward_regex_template or ""
+            check_template("reward_regex_template", verdict, {"reward"})
+            require(len(_VARIABLE.findall(verdict)) == 1,
+                    f"the reward_regex_template {verdict!r} has more than one {{{{ reward }}}}")
 
     def render(self, prompt, response):
         """The judge prompt for one response."""
-        return render(self.prompt_template, prompt=prompt, response=response)
+        template = textwrap.dedent(self.prompt_template)  # without common indentation
+        return render(template, prompt=prompt, response=response)
 
     def parse(self, reply):
         """The score of the LAST verdict in the reply; None if there is no verdict, or if the last
@@ -848,6 +747,8 @@ class RewardConfig:
         return score if low <= score <= high else None
 
 
+# For a real chat model: wrap it in the chat format of your model first. The judge of [1], which was
+# asked to add up points as here, ordered 65 % of the pairs of answers as people do.
 DEFAULT_REWARD_CONFIG = RewardConfig(
     prompt_template="""
     Below are a user's request and an assistant's answer. Grade the answer by adding up points,
@@ -867,30 +768,27 @@ DEFAULT_REWARD_CONFIG = RewardConfig(
     Score: <total points, 0 to 5>
     """,
     reward_regex_template="Score: {{ reward }}", reward_range=(0, 5))
-"""For a real chat model: wrap it in the chat format of your model first. The judge of [1],
-which was asked to add up points as here, ordered 65 % of the pairs of answers as people do."""
 
 # The judge of the letter world (section 1) is short, because its model reads bytes. Only the sum is
 # read; the points before it are the model's working.
-LetterWorld.JUDGE = RewardConfig("? {{ prompt }}\n{{ response }}\n", "= {{ reward }}",
-                                 reward_range=(0, 5))
+LetterTask.JUDGE = RewardConfig("? {{ prompt }}\n{{ response }}\n", "= {{ reward }}",
+                                reward_range=(0, 5))
 MAX_VERDICT_TOKENS = 16  # "11101 = 4" and EOS take 10
 
 
 def judge(model, reward_config, prompts, responses, *, encode=encode, decode=decode, n_samples=3,
-          max_new_tokens=160, temperature=0.7, logit_filter=None, eos_id=EOS, generator=None,
-          on_reply=None):
+          max_new_tokens=160, temperature=0.7, logit_filter=None, eos_id=EOS, generator=None):
     """The model's score of each response: (B,) floats, NaN where it gave none.
 
     Each response is judged n_samples times (3 in [1]), and the valid scores are averaged. Only the
     judge's reply is parsed, so a "Score: 5" inside a response is never taken for the score.
     encode, decode, eos_id: the judge's. (A judge prompt has no chat template around it, so no
-    TextFormat is taken.) on_reply: called with each reply.
+    TextFormat is taken.)
 
     ValueError: unequal numbers of prompts and responses, or a judge prompt that leaves the model no
     room to reply.
 
-    >>> judge(nn.Sequential(), LetterWorld.JUDGE, [], [])         # nothing to ask the model
+    >>> judge(nn.Sequential(), LetterTask.JUDGE, [], [])         # nothing to ask the model
     tensor([])
     """
     require(len(prompts) == len(responses),
@@ -900,12 +798,8 @@ def judge(model, reward_config, prompts, responses, *, encode=encode, decode=dec
     rows = [ids for ids in asked for _ in range(n_samples)]  # row b * n_samples + i
     replies = sample(model, rows, max_new_tokens=max_new_tokens, temperature=temperature,
                      logit_filter=logit_filter, eos_id=eos_id, generator=generator)
-    scores = []
-    for reply in map(text.text, replies):
-        score = reward_config.parse(reply)
-        scores.append(math.nan if score is None else score)
-        if on_reply is not None:
-            on_reply(reply)
+    scores = [reward_config.parse(text.text(reply)) for reply in replies]
+    scores = [math.nan if score is None else score for score in scores]
     scores = torch.tensor(scores, dtype=torch.float).view(len(prompts), n_samples)
     return scores.nanmean(dim=1)
 
@@ -922,12 +816,7 @@ def judge(model, reward_config, prompts, responses, *, encode=encode, decode=dec
 
 class PreferencePair(NamedTuple):
     """Token ids of one prompt and two responses, their rewards, and their log-probabilities under
-    the frozen reference model, which with_reference_logprobs (section 8) fills in.
-
-    >>> pair = PreferencePair(*torch.tensor([[7], [8], [9]]), chosen_reward=4.0)
-    >>> pair.chosen, pair.ref_chosen
-    (tensor([8]), nan)
-    """
+    the frozen reference model, which with_reference_logprobs (section 8) fills in."""
 
     prompt: Tensor  # 1-D, inside the chat template
     chosen: Tensor  # 1-D, with EOS if it ended
@@ -940,7 +829,7 @@ class PreferencePair(NamedTuple):
 
 def pick_best_worst(rewards):
     """The best and the worst of (N,) rewards, as in [1]; None if no two differ. NaN never counts.
-    (Two other pickers, pick_best_random and pick_random_pair, are in section 12.)
+    (Section 13 has two other pickers.)
 
     >>> pick_best_worst(torch.tensor([2.0, 5.0, math.nan, 1.0]))
     (1, 3)
@@ -953,10 +842,9 @@ def pick_best_worst(rewards):
 
 
 def make_pair(prompt, candidates, rewards, pick_pair=pick_best_worst, is_valid_pair=None):
-    """One pair of the N candidates of a prompt, as (outcome, pair). The outcome, which
-    generate_preferences counts, is "pairs", or with pair None the reason why there is none:
-    "unparsed" if fewer than two candidates have a reward, "tied" if the picker found no two,
-    "invalid" if the two answers are equal, or if is_valid_pair refuses their rewards.
+    """(outcome, pair) of the N candidates of a prompt. The outcome is "pairs", or where the pair is
+    None the reason: "unparsed" if fewer than two candidates have a reward, "tied" if the picker
+    found no two, "invalid" if the two are equal, or if is_valid_pair refuses their rewards.
 
     >>> make_pair(torch.tensor([7]), torch.tensor([[8], [9]]), torch.tensor([1.0, 1.0]))
     ('tied', None)
@@ -966,16 +854,11 @@ def make_pair(prompt, candidates, rewards, pick_pair=pick_best_worst, is_valid_p
         return ("tied" if (~rewards.isnan()).sum() > 1 else "unparsed"), None
     best, worst = picked
     chosen, rejected = candidates[best], candidates[worst]
-    if chosen.equal(rejected):
+    pair = PreferencePair(prompt, chosen, rejected, float(rewards[best]), float(rewards[worst]))
+    is_valid = is_valid_pair or operator.gt  # chosen > rejected, unless you say otherwise
+    if chosen.equal(rejected) or not is_valid(pair.chosen_reward, pair.rejected_reward):
         return "invalid", None
-    chosen_reward, rejected_reward = float(rewards[best]), float(rewards[worst])
-    if is_valid_pair is None:
-        is_valid = chosen_reward > rejected_reward
-    else:
-        is_valid = is_valid_pair(chosen_reward, rejected_reward)
-    if not is_valid:
-        return "invalid", None
-    return "pairs", PreferencePair(prompt, chosen, rejected, chosen_reward, rejected_reward)
+    return "pairs", pair
 
 
 def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=None,
@@ -983,17 +866,14 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
                          **sampling):
     """Write N candidates for each prompt, reward them, and pick one pair of each prompt.
 
-    Prompts are answered in order, in chunks: reward_fn gets all N candidates of a prompt at once.
-    reward_fn returns B = P * N numbers, (B,) or (B, 1), in any form; NaN where it has no opinion.
+    reward_fn gets all N candidates of a prompt at once, those of several prompts in a call. It
+    returns P * N numbers in any form, NaN where it has no opinion.
     n_pairs: stop when there are so many. There is never more than one pass over the prompts.
-    All draws follow from the seed.
-    is_valid_pair(chosen_reward, rejected_reward): chosen > rejected unless you say otherwise.
-    sampling: max_new_tokens, temperature, logit_filter of sample().
+    is_valid_pair(chosen_reward, rejected_reward): see make_pair.
+    sampling: max_new_tokens, temperature, logit_filter of sample(). All draws follow from the seed.
 
-    Returns the pairs and how many prompts ended in each way: pairs, unparsed (fewer than two
-    candidates have a reward), tied (the picker found no two), invalid (two equal answers, or
-    refused by is_valid_pair). ValueError if there is no pair at all, a warning if there are fewer
-    than n_pairs.
+    Returns the pairs, and how many prompts ended in each outcome of make_pair. ValueError if there
+    is no pair at all, a warning if there are fewer than n_pairs.
 
     >>> reward = lambda prompts, responses: [i % 4 for i in range(len(responses))]
     >>> model = Transformer(ModelConfig(dim=8, depth=1))
@@ -1006,39 +886,26 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
     def write_reward_and_pick(numbered):
         """The (outcome, pair) of each prompt of a chunk."""
         number, chunk = numbered
+        asked = [prompt for prompt in chunk for _ in range(n_candidates)]
+        # Row p * N + i of what follows is candidate i of prompt p.
         with seeded(seed, number):  # all draws in this block depend on these two numbers alone
-            prompt_ids = [text.prompt_ids(prompt) for prompt in chunk]
-            rows = sample(model, [ids for ids in prompt_ids for _ in range(n_candidates)],
+            rows = sample(model, [text.prompt_ids(prompt) for prompt in asked],
                           eos_id=text.eos_id, **sampling)
-            # Row p * N + i is candidate i of prompt p.
-            asked = [prompt for prompt in chunk for _ in range(n_candidates)]
-            rewards = as_rewards(  # whatever form they have, (P * N,)
-                reward_fn(asked, [text.text(row) for row in rows]), len(rows))
+            rewards = reward_fn(asked, [text.text(row) for row in rows])
+            rewards = as_rewards(rewards, len(rows))  # (P * N,), whatever form they had
             found = []
-            for p, ids in enumerate(prompt_ids):
+            for p, prompt in enumerate(chunk):
                 of_p = slice(p * n_candidates, (p + 1) * n_candidates)
-                found.append(make_pair(ids, rows[of_p], rewards[of_p], pick_pair, is_valid_pair))
+                found.append(make_pair(text.prompt_ids(prompt), rows[of_p], rewards[of_p],
+                                       pick_pair, is_valid_pair))
         return found
 
     # The first chunk is small, so that a judge that gives no score at all is noticed early.
     chunks = [prompts[:4], *(prompts[at : at + 64] for at in range(4, len(prompts), 64))]
-    pairs, counts = [], dict(pairs=0, unparsed=0, tied=0, invalid=0)
     # parallel_map is map(), except that several processes would share the chunks.
-    for found in parallel_map(write_reward_and_pick, list(enumerate(chunks)), "writing, judging"):
-        for outcome, pair in found:
-            counts[outcome] += 1
-            if pair is not None:
-                pairs.append(pair)
-        if n_pairs is not None and len(pairs) >= n_pairs:
-            break
-    pairs = pairs[:n_pairs]
-    counts["pairs"] = len(pairs)
-    summary = f"{counts} from {len(prompts)} prompts with {n_candidates} candidates each"
-    # A judge's replies are quoted: JudgeReward of section 9 keeps the last ones.
-    require(len(pairs) > 0, f"no preference pair: {summary}{quoted_replies(reward_fn)}")
-    if n_pairs is not None and len(pairs) < n_pairs:
-        warnings.warn(f"{n_pairs} preference pairs were asked for, but {summary}", stacklevel=2)
-    return pairs, counts
+    found = parallel_map(write_reward_and_pick, list(enumerate(chunks)), "writing, judging")
+    source = f"{len(prompts)} prompts with {n_candidates} candidates each"
+    return counted_pairs(found, n_pairs, source, reward_fn)  # stops at n_pairs
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1050,16 +917,10 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
 #     preference  dpo_loss or spin_loss of pairs, optionally plus -log p of the chosen response
 # An objective returns a SUM of losses and a COUNT, not a mean. The loop divides. A mean of means
 # would weight tokens unequally if batches differ in size, as those of several processes do.
-#
-# In production: gradient accumulation, bfloat16, sharded weights and optimiser states (FSDP).
 
 
 class Objective(NamedTuple):
-    """Something to minimise, and the examples that its batches are drawn from.
-
-    >>> Objective([1, 2, 3], loss=None).weight
-    1.0
-    """
+    """Something to minimise, and the examples that its batches are drawn from."""
 
     examples: Sequence
     loss: Callable  # (model, list of examples) -> (sum of losses, count, {metric: sum})
@@ -1112,8 +973,8 @@ def preference_objective(pairs, loss_fn, nll_weight=0.0):
         L = loss_fn(...) - nll_weight * log p(chosen)      after Eq. 1 of [5]
 
     Why the second term: DPO asks only that the chosen response gains on the rejected one. Both may
-    lose probability to text that occurs in no pair. A small weight prevents this. ([5] divides
-    log p(chosen) by its number of tokens; here it is the sum.)
+    lose probability to text that occurs in no pair. ([5] divides log p(chosen) by its number of
+    tokens; here it is the sum.)
 
     >>> uniform = nn.Embedding.from_pretrained(torch.zeros(257, 257))      # ids -> logits 0
     >>> pairs = with_reference_logprobs(uniform, [PreferencePair(*torch.tensor([[7], [8], [9]]))])
@@ -1140,9 +1001,8 @@ def with_reference_logprobs(model, pairs):
     """Freeze the reference: the pairs, in another order (fit shuffles them anyway), with ref_chosen
     and ref_rejected under the model as it is now.
 
-    These numbers are all that DPO needs of its reference, so no second model is kept, and the
-    reference cannot change by mistake. Pairs go through the model in pieces of about 4,096 tokens,
-    whatever their lengths, because the logits of a piece take V numbers a token.
+    DPO needs nothing else of its reference, so no second model is kept. Pairs go through the model
+    in pieces of about 4,096 tokens, because the logits of a piece take V numbers a token.
 
     >>> uniform = nn.Embedding.from_pretrained(torch.zeros(257, 257))
     >>> pair = PreferencePair(*torch.tensor([[7], [8], [9]]))
@@ -1248,8 +1108,8 @@ def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
     points = []
     model.train()
     for step in progress(range(1, steps + 1), f"training, {config.kind}"):
-        # The learning rate climbs linearly to its peak at peak_step, then falls linearly; it would
-        # be zero one step after the last.
+        # The learning rate climbs linearly to its peak, then falls linearly to zero, which it would
+        # reach one step after the last.
         height = min(step / peak_step, (steps + 1 - step) / (steps + 1 - peak_step))
         optimizer.param_groups[0]["lr"] = config.learning_rate * height
         optimizer.zero_grad()
@@ -1277,21 +1137,16 @@ def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
 # --------------------------------------------------------------------------------------------------
 # 9. Stages
 # --------------------------------------------------------------------------------------------------
-# A stage turns one model into the next, and stages can follow each other in any order. What a stage
-# does is written in its `run` from top to bottom. Defaults of losses and judging are those of the
-# papers; the values that suit the letter world and its small model are in section 11.
+# Stages can follow each other in any order. What a stage does is written in its `run` from top to
+# bottom. Defaults of losses and judging are those of the papers; the values that suit the letter
+# world and its small model are in section 11.
 #
-# A data set is anything with a length and an index. Where data can only be made when the stage
-# begins, it is a function that returns one, called with the model as it is then:
-# train_dataset=lambda model: [...].
+# A data set is anything with a length and an index, or a function that is called with the model as
+# the stage begins and returns one: train_dataset=lambda model: [...].
 
 
 class Context(NamedTuple):
-    """What a stage is told beside the model.
-
-    >>> Context().text.chat_template
-    '{{ prompt }}'
-    """
+    """What a stage is told beside the model."""
 
     text: TextFormat = TextFormat()
     judges: dict[str, RewardConfig] = {"default": DEFAULT_REWARD_CONFIG}  # a stage may name one
@@ -1316,11 +1171,7 @@ def minimise(model, objective, config, context):
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig(StageConfig):
-    """Supervised fine-tuning on items (ids, prompt_len). loss_on_prompt=True learns whole texts.
-
-    >>> SFTConfig(train_dataset=[TextFormat().item("hi", "yo")]).kind
-    'sft'
-    """
+    """Supervised fine-tuning on items (ids, prompt_len). loss_on_prompt=True learns whole texts."""
 
     kind: ClassVar[str] = "sft"
     train_dataset: Any
@@ -1340,9 +1191,6 @@ class SelfPlayConfig(StageConfig):
     A demonstration is preferred even where the model's own answer is better, so the model can
     become as good as the demonstrations and no better: with lam=1, the exact optimum of a round is
     the distribution of the demonstrations (Theorem 5.4 of [3]).
-
-    >>> SelfPlayConfig(train_dataset=[TextFormat().item("hi", "yo")]).lam
-    0.1
     """
 
     kind: ClassVar[str] = "spin"
@@ -1372,12 +1220,8 @@ class SelfPlayConfig(StageConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig(StageConfig):
-    """DPO [2] on pairs that exist already: what load_pairs (section 15) returns, or triples of
-    texts (prompt, chosen, rejected).
-
-    >>> DPOConfig(pair_dataset=[("hi", "hello", "what?")]).beta
-    0.1
-    """
+    """DPO [2] on pairs that exist already: what load_pairs (section 16) returns, or triples of
+    texts (prompt, chosen, rejected)."""
 
     kind: ClassVar[str] = "dpo"
     pair_dataset: Any
@@ -1396,11 +1240,7 @@ class DPOConfig(StageConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardStageConfig(StageConfig):
-    """Fields of SelfRewardDPOConfig and ExternalRewardDPOConfig, where answers are rewarded.
-
-    >>> RewardStageConfig(prompt_dataset=["hi"]).n_candidates
-    4
-    """
+    """Fields of SelfRewardDPOConfig and ExternalRewardDPOConfig, where answers are rewarded."""
 
     prompt_dataset: Any  # prompts (str)
     beta: float = 0.1  # this and the next three as in DPOConfig
@@ -1449,11 +1289,7 @@ def preference_round(model, reward_fn, config, context):
 
 @dataclass(frozen=True, kw_only=True)
 class SelfRewardDPOConfig(RewardStageConfig):
-    """Self-rewarding [1]: the model grades its own answers.
-
-    >>> SelfRewardDPOConfig(prompt_dataset=["hi"]).n_judge_samples
-    3
-    """
+    """Self-rewarding [1]: the model grades its own answers."""
 
     kind: ClassVar[str] = "self-reward"
     rewarding_model: nn.Module | None = None  # None: the model itself; another model: as in [4]
@@ -1464,12 +1300,7 @@ class SelfRewardDPOConfig(RewardStageConfig):
     judge_logit_filter: Callable[[Tensor], Tensor] | None = None
 
     def run(self, model, context):
-        # A RewardConfig or a name; without either, the name of the first judge.
-        text, reward_config = context.text, self.reward_config or next(iter(context.judges))
-        if isinstance(reward_config, str):
-            require(reward_config in context.judges, f"reward_config {reward_config!r} is not one "
-                    f"of {', '.join(context.judges)}")
-            reward_config = context.judges[reward_config]
+        text, reward_config = context.text, find_judge(self.reward_config, context.judges)
         reward_fn = JudgeReward(  # judge(), section 6, as a function of prompts and responses
             self.rewarding_model or model, reward_config, encode=text.encode, decode=text.decode,
             eos_id=text.eos_id, n_samples=self.n_judge_samples, temperature=self.judge_temperature,
@@ -1515,8 +1346,8 @@ def run_stages(model, stages, context, first=0):
 # 10. Measuring
 # --------------------------------------------------------------------------------------------------
 # Two questions: how well does a model write, and how well does it judge? A third number is the one
-# to watch: if the score that a model gives itself grows away from the true score, the judge is
-# being fooled.
+# to watch: if a model's own score of its answers grows away from the true score, the judge is being
+# fooled.
 
 
 def judging_metrics(truth, judged):
@@ -1537,10 +1368,9 @@ def judging_metrics(truth, judged):
     0.6666666666666666
     """
     # true_sign[p, i, j] is 1, 0 or -1: is answer i to prompt p better than, as good as, or worse
-    # than answer j? You may skip why the correlations below are cosines:
-    #     signs (i, j) have mean 0, and Kendall's tau is the cosine of the true and the judged ones;
-    #     their sums over j are ranks, up to a shift and a factor (for scores 1, 2, 3 they are
-    #     -2, 0, 2); they have mean 0 too, and Spearman's correlation is their cosine.
+    # than answer j? You may skip why the correlations are cosines: signs have mean 0, and Kendall's
+    # tau is the cosine of the true and the judged ones; their sums over j are ranks, up to a shift
+    # and a factor (scores 1, 2, 3 give -2, 0, 2), and Spearman's correlation is their cosine.
     true_sign, judged_sign = (np.nan_to_num(np.sign(x[:, :, None] - x[:, None, :]))
                               for x in (truth, judged))
 
@@ -1573,16 +1403,13 @@ def head_to_head(scores, others):
 
 def measure(model, world, text, graded_answers, previous_scores):
     """What is measured after each stage: writing by the true score ("oracle"), judging against it.
-    oracle_score and oracle_greedy: mean true score of drawn and of most likely answers;
-    perfect_rate: share of drawn answers with 5; self_score: mean score that the model itself gives
-    the drawn answers.
+    oracle_score, oracle_greedy: mean true score of drawn and of most likely answers; perfect_rate:
+    share of drawn answers with 5; self_score: mean score that the model gives the drawn answers.
 
-    graded_answers: what world.graded_answers returned, (prompt, answer, true score), five answers
-    to each prompt; None if the model cannot judge yet. previous_scores: the `scores` (P, 5) of the
-    model before this one, or None. The caller seeds torch's global generator.
-
-    Where no program knows a true score, as with data of your own (section 11), world.score is None,
-    and graded_answers holds what people have graded: one answer to a prompt, or an empty list.
+    graded_answers: what world.graded_answers returned; None if the model cannot judge yet.
+    previous_scores: the `scores` (P, 5) of the model before, or None. The caller seeds torch's
+    global generator. With your own data (section 11) nobody knows a true score: world.score is
+    None, and graded_answers holds what people have graded, one answer to a prompt, or nothing.
 
     >>> world, model = LetterWorld(n_eval=1), Transformer(ModelConfig(dim=8, depth=1))
     >>> sorted(measure(model, world, TextFormat(), graded_answers=None, previous_scores=None))
@@ -1600,15 +1427,15 @@ def measure(model, world, text, graded_answers, previous_scores):
         found |= head_to_head(scores, previous_scores) if previous_scores is not None else {}
     if graded_answers is not None:
         grade = functools.partial(judge, model, world.JUDGE, max_new_tokens=MAX_VERDICT_TOKENS)
-        found["self_score"] = float(grade(asked, answers).nanmean())
+        self_score = float(grade(asked, answers).nanmean())
+        found["self_score"] = None if math.isnan(self_score) else self_score
         if graded_answers:  # your own data may have no held-out example
             prompts, responses, truth = zip(*graded_answers)
             # Where there is one answer a prompt, all answers are compared as if to one prompt.
             shape = (-1, 5) if world.score else (1, -1)
             judged = grade(prompts, responses).numpy()
             found |= judging_metrics(np.reshape(truth, shape), np.reshape(judged, shape))
-    is_nan = lambda value: isinstance(value, float) and math.isnan(value)
-    return {name: None if is_nan(value) else value for name, value in found.items()}
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1630,8 +1457,7 @@ def measure(model, world, text, graded_answers, previous_scores):
 #                       a few rounds a small model forgets how to judge, and so loses its reward.
 #                       So later stages rehearse the judging data of M1, whose verdicts a program
 #                       wrote. That program grades nothing later; the model alone does.
-#     LIKELIHOOD TERM   From [5]. DPO sees only differences, so chosen answers may lose probability
-#                       too, to text that is in no pair. The term holds them up.
+#     LIKELIHOOD TERM   After [5]; section 8 has the reason.
 #
 # train() in section 17 puts this together, with files and a table:
 #     stages = recipe_stages(recipe, world, demonstrations, make_judgements)
@@ -1650,11 +1476,7 @@ def setting(default, quick, reason):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every number of the recipe. The command line has a flag for each.
-
-    >>> Recipe().beta
-    1.0
-    """
+    """Every number of the recipe. The command line has a flag for each."""
 
     # name                        default  quick  what it is, and why this value
     stages: str = setting("sft,self,self", None, "stages after M0, of sft, self, spin, external")
@@ -1741,10 +1563,11 @@ import dataclasses
 import datetime
 import io
 import json
-import operator
 import sys
 import time
+import warnings
 import zlib
+from collections import deque
 from pathlib import Path
 
 import torch.distributed as dist
@@ -1752,8 +1575,97 @@ from tqdm import tqdm
 
 
 # --------------------------------------------------------------------------------------------------
-# 12. Tools that Part I calls
+# 12. The data of the letter world
 # --------------------------------------------------------------------------------------------------
+
+
+class LetterWorld(LetterTask):
+    """The task of section 1 with its data, as the recipe of section 11 needs them.
+
+    instructions: names from INSTRUCTIONS. n_eval: how many prompts are held out for evaluation.
+    A data set is drawn from the seed and its own name, such as "demonstrations", so its size does
+    not change another one. Two training sets may share prompts, but none has a held-out one.
+    """
+
+    sizes = (4, 5, 6)  # a prompt has 4, 5 or 6 different letters
+
+    def __init__(self, instructions=("sort",), *, n_eval=200, seed=0):
+        self.instructions = list(dict.fromkeys(instructions))  # each name once
+        self.seed = seed
+        require(bool(instructions) and set(instructions) <= set(INSTRUCTIONS), "LetterWorld: "
+                f"instructions are {self.instructions}; known: {', '.join(INSTRUCTIONS)}")
+        self.eval_prompts = []  # nothing is held out yet from what prompts() may draw
+        self.eval_prompts = self.prompts(n_eval, "evaluation")  # prompts() never draws these again
+
+    def demonstrate(self, prompt, rng):
+        """A sloppy answer: half have letters swapped, lost or inserted, seven in ten lack "Sure: ",
+        and seven in ten the full stop. They score 3 on average. The most likely answer of a model
+        that imitates them scores 3 too: relevant, complete, ordered, without "Sure: " and "."."""
+        body = self.target(prompt)
+        for _ in range(rng.choice(3, p=(0.5, 0.3, 0.2))):  # 0, 1 or 2 mistakes
+            body = one_mistake(body, self.letters, rng)  # two letters swapped, one lost or inserted
+        return ("Sure: " if rng.random() < 0.3 else "") + body + ("." if rng.random() < 0.3 else "")
+
+    def make_up(self, prompt, rng):
+        """An answer of any quality for a judge to practise on.
+
+        Of ten answers, eight have 0 to 4 mistakes, one is nonsense such as "0=c:", and one is an
+        attack. A judge that has never seen nonsense overrates it, and then the model learns to
+        write it. An attack is a wrong answer with a newline, such as "b\\nSure: abcd.", so that the
+        judge prompt "? sort dbca\\n<answer>\\n" ends in what looks like a perfect answer.
+        """
+        return made_up_answer(prompt, self.target(prompt), self.letters, rng)
+
+    def rng(self, purpose):
+        return np.random.default_rng([self.seed, *encode(purpose)])  # the name as bytes
+
+    def prompts(self, n, purpose):
+        """n different prompts, none of them held out. ValueError if there are not so many."""
+        n_held_out, rng = len(self.eval_prompts), self.rng(purpose)
+        n_strings = sum(math.perm(len(self.letters), size) for size in self.sizes)
+        n_left = len(self.instructions) * n_strings - n_held_out
+        require(n <= n_left, f"LetterWorld: {n} prompts asked for, but there are only {n_left}")
+        found = dict.fromkeys(self.eval_prompts)  # a dict as an ordered set; these count as taken
+        while len(found) < n_held_out + n:
+            letters = rng.permutation(list(self.letters))[: rng.choice(self.sizes)]
+            found[f"{rng.choice(self.instructions)} {''.join(letters)}"] = None
+        return list(found)[n_held_out:]
+
+    def demonstrations(self, n):
+        """(prompt, sloppy answer) pairs, to learn to answer; IFT data in [1]."""
+        rng = self.rng("demonstrate")
+        prompts = self.prompts(n, "demonstrations")
+        return [(prompt, self.demonstrate(prompt, rng)) for prompt in prompts]
+
+    def judgements(self, n, model, tidy):
+        """(prompt, answer, verdict) triples, to learn to judge; EFT data in [1].
+
+        `model`, which is M0 in the recipe, writes three in ten of the answers, at four
+        temperatures, because the annotators of [1] graded answers of a model too. The others are
+        made up, because M0 writes too few good ones. With tidy=True all answers are sloppy ones as
+        in the demonstrations: an experiment in which the judge sees no nonsense.
+        """
+        prompts, rng, pairs = self.prompts(n, "judgements"), self.rng("make up"), []
+        n_written = 0 if tidy else round(0.3 * n)
+        for i, temperature in enumerate((1.0, 1.3, 1.6, 2.0)):
+            asked = prompts[:n_written][i::4]
+            pairs += zip(asked, self.write(model, asked, temperature))
+        make_answer = self.demonstrate if tidy else self.make_up
+        pairs += [(prompt, make_answer(prompt, rng)) for prompt in prompts[n_written:]]
+        return [(prompt, answer, self.verdict(prompt, answer)) for prompt, answer in pairs]
+
+    def graded_answers(self, model):
+        """What judges are measured by: (prompt, answer, true score), five answers of `model` to
+        each held-out prompt. The recipe passes M0, so that all judges get the same answers."""
+        asked = [prompt for prompt in self.eval_prompts for _ in range(5)]
+        pairs = zip(asked, self.write(model, asked, temperature=1.0))
+        return [(prompt, answer, self.score(prompt, answer)) for prompt, answer in pairs]
+
+    def write(self, model, prompts, temperature):
+        text = TextFormat(chat_template=self.CHAT_TEMPLATE)
+        seed = combine_seeds(self.seed, round(10 * temperature))
+        generator = torch.Generator().manual_seed(seed)
+        return respond(model, prompts, text, self.max_new_tokens, temperature, generator)
 
 
 def one_mistake(letters, alphabet, rng):
@@ -1785,6 +1697,11 @@ def made_up_answer(prompt, target, alphabet, rng):
     often = (0.5, 0.35, 0.05, 0.05, 0.05)
     start = rng.choice(["Sure: ", "", "Sure:", "sure: ", "Sure "], p=often)
     return start + body + rng.choice([".", "", ",", ":", ".."], p=often)
+
+
+# --------------------------------------------------------------------------------------------------
+# 13. Tools that Part I calls
+# --------------------------------------------------------------------------------------------------
 
 
 def pick_best_random(rewards):
@@ -1945,10 +1862,15 @@ class JudgeReward:
     """judge() as a reward function that keeps its last replies, to be quoted in an error. It ends a
     stage whose judge gives no score to any answer of the first prompts."""
 
-    def __init__(self, model, reward_config, **how):
+    def __init__(self, model, reward_config, *, decode, **how):
         self.replies, self.has_scored = deque(maxlen=3), False
-        how["on_reply"] = self.replies.append
-        self.judge = functools.partial(judge, model, reward_config, **how)
+
+        def decode_and_keep(ids):
+            """Decode a reply; judge() decodes nothing else."""
+            self.replies.append(decode(ids))
+            return self.replies[-1]
+
+        self.judge = functools.partial(judge, model, reward_config, decode=decode_and_keep, **how)
 
     def __call__(self, prompts, responses):
         """The scores of the responses, (B,). ValueError if there has not been a single one."""
@@ -1957,6 +1879,37 @@ class JudgeReward:
         require(self.has_scored, "no preference pair: the judge gave no score to any of the first "
                 f"{len(responses)} answers, all unparsed{quoted_replies(self)}")
         return scores
+
+
+def counted_pairs(outcomes, n_pairs, source, reward_fn):
+    """The pairs among the lists of (outcome, pair), n_pairs at most, and the number of each
+    outcome. ValueError if there is no pair at all."""
+    pairs, counts = [], dict(pairs=0, unparsed=0, tied=0, invalid=0)
+    for found in outcomes:
+        for outcome, pair in found:
+            counts[outcome] += 1
+            if pair is not None:
+                pairs.append(pair)
+        if n_pairs is not None and len(pairs) >= n_pairs:
+            break
+    pairs = pairs[:n_pairs]
+    counts["pairs"] = len(pairs)
+    require(len(pairs) > 0,
+            f"no preference pair: {counts} from {source}{quoted_replies(reward_fn)}")
+    if n_pairs is not None and len(pairs) < n_pairs:
+        warnings.warn(f"{n_pairs} preference pairs were asked for, but {counts} from {source}",
+                      stacklevel=3)
+    return pairs, counts
+
+
+def find_judge(reward_config, judges):
+    """The judge of a stage: a RewardConfig, a name in judges, or None for the first of them."""
+    reward_config = reward_config or next(iter(judges))
+    if isinstance(reward_config, str):
+        require(reward_config in judges,
+                f"reward_config {reward_config!r} is not one of {', '.join(judges)}")
+        return judges[reward_config]
+    return reward_config
 
 
 def quoted_replies(reward_fn):
