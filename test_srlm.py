@@ -81,21 +81,23 @@ def hint(found, expected):
         shorter = found.ndim == expected.ndim == 1 and len(found) == len(expected) - 1
         words = f"shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
         return words + ": yours is shorter by one, is EOS missing?" * shorter
-    if not found.is_floating_point():
-        return ""
     a, b = expected.double().flatten(), found.double().flatten()
-    ratio, alike = (a / b)[(a != 0) | (b != 0)], lambda x, y: torch.allclose(x, y, 1e-4, 1e-6)
-    is_mean = len(ratio) > 0 and ratio.isfinite().all() and alike(ratio, ratio.round()) and ratio.min() >= 1
-    factors = ", ".join(sorted({f"{x:.0f}" for x in ratio}))
-    for looks_so, words in (((b.isnan() & ~a.isnan()).any(), "yours is nan where a number is expected"),
-                            (alike(b, -a), "yours = -expected: a sign?"),
-                            (len(a) > 2 and alike(b[1:], a[:-1]), "yours comes one place too late"),
-                            (len(a) > 2 and alike(b[:-1], a[1:]), "yours comes one place too early"),
-                            (is_mean, f"yours = expected / {factors}: a mean instead of a sum, or a factor too many?"),
-                            (len(ratio) > 1 and alike(ratio, ratio[:1]), "yours = expected times a factor")):
-        if looks_so:
-            return words
-    return ""
+    alike = lambda x, y: torch.allclose(x, y, 1e-4, 1e-6)
+    if not found.is_floating_point() or alike(a, b):
+        return ""
+    over = (a / b)[(a != 0) | (b != 0)]
+    is_number = over.isfinite().all() and over.all()  # neither is 0 where the other is not
+    is_constant = is_number and len(over) > 1 and alike(over, over[:1])
+    is_whole = is_number and alike(over, over.round()) and over.min() >= 1
+    whole = ", ".join(sorted({f"{x:.0f}" for x in over}))
+    looks = {"yours is nan where a number is expected": (b.isnan() & ~a.isnan()).any(),
+             "yours = -expected: a sign?": alike(b, -a),
+             "yours comes one place too late": len(a) > 2 and alike(b[1:], a[:-1]),
+             "yours comes one place too early": len(a) > 2 and alike(b[:-1], a[1:]),
+             f"yours = expected times {1 / over[0]:.4g} in every row: a constant factor?": is_constant,
+             f"yours = expected / {whole}: a mean instead of a sum"
+             f"{', or a factor too many' * (len(over) == 1)}?": is_whole}
+    return next((words for words, looks_so in looks.items() if looks_so), "")
 
 
 def shown(x):
@@ -122,11 +124,9 @@ def compared(found, expected, of="", tolerance=0.0):
     width = max(12, *(len(a) for a, _ in columns))
     table = [f"{a:>{width}} | {b}" for a, b in columns]
     words = [f"{len(differ)} of {len(rows)} rows differ"] if differ and len(rows) >= len(table) else []
-    if not isinstance(expected, list):
-        words += [hint(found, expected)]
-    elif differ and differ[0] < min(len(mine), len(yours)):
-        words += [hint(found[differ[0]], expected[differ[0]])]
-    return "\n".join([f"{of}:"] * (of != "") + table + list(filter(None, words)))
+    pairs = zip(found, expected) if isinstance(found, list) and isinstance(expected, list) else [(found, expected)]
+    words += list(filter(None, itertools.starmap(hint, pairs)))[:1]
+    return "\n".join([f"{of}:"] * (of != "") + table + words)
 
 
 def close(found, expected, tolerance=1e-9, of=""):
@@ -3760,8 +3760,9 @@ class Reporter:
 
     def pytest_exception_interact(self, call, report):
         error = call.excinfo.value
-        cannot_import = isinstance(error, pytest.Collector.CollectError)
-        self.report(report.location[2].partition("[")[0], words_of(error.__cause__ if cannot_import else error))
+        if isinstance(error, pytest.Collector.CollectError):  # the file cannot be imported
+            error = error.__cause__ or error
+        self.report(report.location[2].partition("[")[0], words_of(error))
 
 
 # Half of the time of a short run of pytest goes into tracebacks, which nobody sees, and into
@@ -3779,11 +3780,7 @@ def run_tests(report, profile, path, names, *options):
 
 
 def run_in_process(function, *arguments):
-    """Call function(report, *arguments) in a new process. Returns what it reports: {name: words}.
-
-    A test of several cases reports several times: the first failure counts. A process that reports
-    nothing for SECONDS is stopped.
-    """
+    """Call function(report, *arguments) in a new process. Returns what it reports: {name: words}."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(sender, function, arguments))
@@ -3792,11 +3789,10 @@ def run_in_process(function, *arguments):
     found = {}
     try:
         while receiver.poll(SECONDS):
-            message = receiver.recv()
-            if message is None:
+            name, words = receiver.recv()
+            if name is None:
                 return found
-            name, words = message
-            found[name] = found.get(name) or words
+            found[name] = found.get(name) or words  # of a test with several cases: the first failure
         found["an endless loop"] = f"stopped after {SECONDS} s: an endless loop?"
         process.kill()
     except EOFError:  # the process has ended without its last message
@@ -3813,7 +3809,7 @@ def _work(sender, function, arguments):
         function(lambda *message: sender.send(message), *arguments)
     except BaseException as error:
         sender.send(("import", words_of(error)))
-    sender.send(None)
+    sender.send((None, ""))
     os._exit(0)  # without the clean-up that belongs to the parent
 
 
@@ -3844,8 +3840,8 @@ def part_of(module, unit):
     return vars(getattr(module, owner, object) if owner else module).get(name)
 
 
-in_the_order_of_srlm = sorted(UNITS, key=lambda unit: part_of(srlm, unit).__code__.co_firstlineno)
-UNITS = {unit: UNITS[unit] for unit in in_the_order_of_srlm}
+_in_order = sorted(UNITS, key=lambda unit: part_of(srlm, unit).__code__.co_firstlineno)
+UNITS = {unit: UNITS[unit] for unit in _in_order}
 
 
 def is_blank(function):
@@ -3855,11 +3851,8 @@ def is_blank(function):
 
 @contextlib.contextmanager
 def replaced(old, new):
-    """The function `old` calls `new`. It stays the same object, so this holds wherever srlm has it
-    under a name, as a default of an argument, or in a TextFormat."""
-    def instead(*args, _new, **named):
-        return _new(*args, **named)
-
+    """`old` does what `new` does, wherever srlm has it: by name, as a default, or in a TextFormat."""
+    instead = lambda *args, _new, **named: _new(*args, **named)
     before = old.__code__, old.__defaults__, old.__kwdefaults__
     old.__code__, old.__defaults__, old.__kwdefaults__ = instead.__code__, None, {"_new": new}
     try:
@@ -3887,13 +3880,12 @@ def find_units(report, path):
 
 
 def grade_unit(report, path, unit):
-    """Run the tests of a unit on the reader's version. What is blank in the file is lent by srlm, so
-    that the units can be written in any order."""
+    """Run the tests of a unit on the reader's version. srlm lends what is still blank in the file."""
     module, owner = imported(path), unit.rpartition(".")[0]
     written, original = part_of(module, unit), part_of(srlm, unit)
     vars(module).update({other: part_of(srlm, other) for other in UNITS if is_blank(part_of(module, other))})
-    for name, part in vars(getattr(module, owner, object)).items() if owner else ():
-        if not name.startswith("__") and not is_blank(part):  # a class lends what its method may use
+    for name, part in vars(getattr(module, owner)).items() if owner else ():
+        if not (name.startswith("__") or part is written or is_blank(part)):  # what its method may use
             setattr(getattr(srlm, owner), name, part)
     with replaced(original, written):
         run_tests(report, "grade", HERE / "test_srlm.py", UNITS[unit])
@@ -3901,27 +3893,26 @@ def grade_unit(report, path, unit):
 
 def verdict_on(unit, found):
     """(did the unit pass?, the lines to print): None instead of True if it is not written."""
-    names = UNITS[unit]
     failed = {name: words for name, words in found.items() if words}
     if NOT_WRITTEN in failed.values():
         return None, [f"{unit:<22}{NOT_WRITTEN}"]
-    n_passed = sum(found.get(name) == "" for name in names)
-    lines = [f"{unit:<22}{n_passed} of {len(names)}"]
+    n_passed = sum(found.get(name) == "" for name in UNITS[unit])
+    lines = [f"{unit:<22}{n_passed} of {len(UNITS[unit])}"]
     for name, words in failed.items():
         property_of = getattr(globals().get(name), "__doc__", None) or name
         lines += ["    " + " ".join(property_of.split()), textwrap.indent(words, " " * 8)]
-    return n_passed == len(names), lines
+    return n_passed == len(UNITS[unit]), lines
 
 
-def tried(function, *arguments):
-    """What the function returns, or 2, the exit code for a mistake of the user, after a line that names it."""
+def tried(otherwise, function, *arguments):
+    """What the function returns, or `otherwise` after a line that names a mistake of the user."""
     try:
         return function(*arguments)
     except SyntaxError as error:
         print(f"{error.filename}, line {error.lineno}: {error.msg}", file=sys.stderr)
     except (ValueError, OSError) as error:
         print(f"test_srlm: {error}", file=sys.stderr)
-    return 2
+    return otherwise
 
 
 def grade_file(path, required):
@@ -3936,9 +3927,7 @@ def grade_file(path, required):
     for unit in passed:
         print(f"{unit:<22}is not in {path}")
 
-    def graded(unit):
-        return {unit: NOT_WRITTEN} if in_file[unit] else run_in_process(grade_unit, path, unit)
-
+    graded = lambda unit: {unit: NOT_WRITTEN} if in_file[unit] else run_in_process(grade_unit, path, unit)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for unit, found in zip(in_file, pool.map(graded, in_file)):
             passed[unit], lines = verdict_on(unit, found)
@@ -3952,22 +3941,18 @@ def grade(path, *others):
     """Your functions in the place of srlm's, under its tests. Exit code 0 if all that is written passes, and
     if every unit named after the files is written."""
     paths = [path, *(word for word in others if word.endswith(".py"))]
-    required, codes, summary = [word for word in others if word not in paths], [], []
+    required, outcomes = [word for word in others if word not in paths], {}
     for path in paths:
         if len(paths) > 1:
             print(f"\n{path}\n{'-' * len(path)}", flush=True)
-        outcome = tried(grade_file, path, required)
-        code, words = (2, "cannot be graded") if outcome == 2 else outcome
-        codes.append(code)
-        summary.append(f"{path}  {words}")
+        outcomes[path] = tried((2, "cannot be graded"), grade_file, path, required)
     if len(paths) > 1:
-        print("", *summary, sep="\n")
-    return max(codes)
+        print("", *(f"{path}  {words}" for path, (_, words) in outcomes.items()), sep="\n")
+    return max(code for code, _ in outcomes.values())
 
 
 def check(written, unit=None):
-    """For a notebook: grade one function in this process and print the words. Returns the function to
-    go on with: yours if it passes all its tests, else srlm's."""
+    """For a notebook: grade a function. Returns it if it passes all its tests, else srlm's."""
     unit, found = unit or written.__name__, {}
     original = part_of(srlm, unit)
     record = lambda name, words: found.update({name: found.get(name) or words})
@@ -4010,8 +3995,7 @@ def blank(*names):
 
 
 # Thirty known faults ------------------------------------------------------------------------------
-# The faults of a well-known public implementation. Each has a title, a test that must catch it, and
-# an edit of srlm.py.
+# The faults of a well-known public implementation: a title, the test that must catch it, the edit.
 
 FAULTS = r"""
 @@ 1 SFT also learns the prompt: test_response_mask
@@ -4121,8 +4105,7 @@ def run_on(report, folder, path, names=()):
 
 
 def plant(fault, path=None):
-    """Plant a fault and run the test that must catch it, or the reader's tests. Returns the title, the
-    edit, and which tests fail."""
+    """(title, edit, which tests fail with it): of the one that must catch it, or of the reader's file."""
     heading, *edit = fault.splitlines()
     title, _, test = heading.rpartition(": ")
     old, new = ("\n".join(line[1:] for line in edit if line[0] != other) for other in "+-")
@@ -4174,7 +4157,7 @@ def main(argv):
         if argument:
             command.add_argument("arguments", **argument)
     args = parser.parse_args(argv)
-    return tried(args.function, *args.arguments)
+    return tried(2, args.function, *args.arguments)
 
 
 if __name__ == "__main__":
