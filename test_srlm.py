@@ -81,21 +81,23 @@ def hint(found, expected):
         shorter = found.ndim == expected.ndim == 1 and len(found) == len(expected) - 1
         words = f"shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
         return words + ": yours is shorter by one, is EOS missing?" * shorter
-    if not found.is_floating_point():
-        return ""
     a, b = expected.double().flatten(), found.double().flatten()
-    ratio, alike = (a / b)[(a != 0) | (b != 0)], lambda x, y: torch.allclose(x, y, 1e-4, 1e-6)
-    is_mean = len(ratio) > 0 and ratio.isfinite().all() and alike(ratio, ratio.round()) and ratio.min() >= 1
-    factors = ", ".join(sorted({f"{x:.0f}" for x in ratio}))
-    for looks_so, words in (((b.isnan() & ~a.isnan()).any(), "yours is nan where a number is expected"),
-                            (alike(b, -a), "yours = -expected: a sign?"),
-                            (len(a) > 2 and alike(b[1:], a[:-1]), "yours comes one place too late"),
-                            (len(a) > 2 and alike(b[:-1], a[1:]), "yours comes one place too early"),
-                            (is_mean, f"yours = expected / {factors}: a mean instead of a sum, or a factor too many?"),
-                            (len(ratio) > 1 and alike(ratio, ratio[:1]), "yours = expected times a factor")):
-        if looks_so:
-            return words
-    return ""
+    alike = lambda x, y: torch.allclose(x, y, 1e-4, 1e-6)
+    if not found.is_floating_point() or alike(a, b):
+        return ""
+    over = (a / b)[(a != 0) | (b != 0)]
+    is_number = over.isfinite().all() and over.all()  # neither is 0 where the other is not
+    is_constant = is_number and len(over) > 1 and alike(over, over[:1])
+    is_whole = is_number and alike(over, over.round()) and over.min() >= 1
+    whole = ", ".join(sorted({f"{x:.0f}" for x in over}))
+    looks = {"yours is nan where a number is expected": (b.isnan() & ~a.isnan()).any(),
+             "yours = -expected: a sign?": alike(b, -a),
+             "yours comes one place too late": len(a) > 2 and alike(b[1:], a[:-1]),
+             "yours comes one place too early": len(a) > 2 and alike(b[:-1], a[1:]),
+             f"yours = expected times {1 / over[0]:.4g} in every row: a constant factor?": is_constant,
+             f"yours = expected / {whole}: a mean instead of a sum"
+             f"{', or a factor too many' * (len(over) == 1)}?": is_whole}
+    return next((words for words, looks_so in looks.items() if looks_so), "")
 
 
 def shown(x):
@@ -122,11 +124,9 @@ def compared(found, expected, of="", tolerance=0.0):
     width = max(12, *(len(a) for a, _ in columns))
     table = [f"{a:>{width}} | {b}" for a, b in columns]
     words = [f"{len(differ)} of {len(rows)} rows differ"] if differ and len(rows) >= len(table) else []
-    if not isinstance(expected, list):
-        words += [hint(found, expected)]
-    elif differ and differ[0] < min(len(mine), len(yours)):
-        words += [hint(found[differ[0]], expected[differ[0]])]
-    return "\n".join([f"{of}:"] * (of != "") + table + list(filter(None, words)))
+    pairs = zip(found, expected) if isinstance(found, list) and isinstance(expected, list) else [(found, expected)]
+    words += list(filter(None, itertools.starmap(hint, pairs)))[:1]
+    return "\n".join([f"{of}:"] * (of != "") + table + words)
 
 
 def close(found, expected, tolerance=1e-9, of=""):
@@ -3699,7 +3699,7 @@ def try_the_grader():
     Path("broken.py").write_text("def decode(:\n")
     print("exit code", main(["grade", "wrong.py"]))
     print("exit code", main(["grade", "mine.py", "broken.py", "dpo_loss", "spin_loss"]))
-    FAULTS = "\n\n".join(FAULTS.strip("\n").split("\n\n")[:3])
+    FAULTS = "@@".join(FAULTS.split("@@")[:4])
     example, = [block for block in readme_blocks() if "test_chain_rule_in_a_batch" in block]
     Path("my_tests.py").write_text(example)
     print("exit code", main(["audit", "my_tests.py"]))
@@ -3748,22 +3748,21 @@ SECONDS = 20  # for one test; what takes longer is stopped as an endless loop. T
 NOT_WRITTEN = "not written yet"
 
 
-class Messenger:
-    """A plugin of pytest that reports each test: its name, and None or the exception."""
+class Reporter:
+    """A plugin of pytest that calls report(name of a test, what went wrong): "" if the test passes."""
 
     def __init__(self, report):
-        self.report, self.error = report, None
+        self.report = report
 
-    def pytest_runtest_makereport(self, item, call):
-        if call.excinfo is not None and not call.excinfo.errisinstance(pytest.skip.Exception):
-            self.error = call.excinfo.value
-        if call.when == "teardown":
-            self.report(item.name.partition("[")[0], self.error)
-            self.error = None
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" and report.passed:
+            self.report(report.location[2].partition("[")[0], "")
 
-    def pytest_collectreport(self, report):
-        if report.failed:
-            self.report("import", ImportError(str(report.longrepr).splitlines()[-1]))
+    def pytest_exception_interact(self, call, report):
+        error = call.excinfo.value
+        if isinstance(error, pytest.Collector.CollectError):  # the file cannot be imported
+            error = error.__cause__ or error
+        self.report(report.location[2].partition("[")[0], words_of(error))
 
 
 # Half of the time of a short run of pytest goes into tracebacks, which nobody sees, and into
@@ -3771,69 +3770,56 @@ class Messenger:
 QUICKLY = "-p no:cacheprovider -p no:unraisableexception -p no:threadexception --tb=no".split()
 
 
-def run_tests(path, names, report, *options):
-    """Run tests of a file in this process, silently; all of its tests if no names are given."""
+def run_tests(report, profile, path, names, *options):
+    """Run tests of a file in this process; all of its tests if no names are given."""
+    os.environ["SRLM_PROFILE"] = profile  # the same examples for everyone
+    settings.load_profile(profile)
+    sys.modules.pop("test_srlm", None)  # it is imported again, after the change of srlm
     tests = [f"{path}::{name}" for name in names] or [str(path)]
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        pytest.main([*QUICKLY, *options, *tests], plugins=[Messenger(report)])
+    pytest.main([*QUICKLY, *options, *tests], plugins=[Reporter(report)])
 
 
-def run_in_process(change, path, names=()):
-    """Change srlm and run tests in a new process: {test: "" if it passed, else what went wrong}.
-
-    change: a function and its arguments. A test that takes longer than SECONDS ends the process.
-    """
+def run_in_process(function, *arguments):
+    """Call function(report, *arguments) in a new process. Returns what it reports: {name: words}."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(sender, change, path, names))
+    process = context.Process(target=_work, args=(sender, function, arguments))
     process.start()
     sender.close()
     found = {}
     try:
         while receiver.poll(SECONDS):
             name, words = receiver.recv()
+            if name is None:
+                return found
             found[name] = found.get(name) or words  # of a test with several cases: the first failure
         found["an endless loop"] = f"stopped after {SECONDS} s: an endless loop?"
-    except EOFError:  # the process has ended
+        process.kill()
+    except EOFError:  # the process has ended without its last message
         process.join()
-        while process.exitcode is None:  # another thread is just collecting it
-            time.sleep(0.01)
-        if process.exitcode != 0:
-            found["a crash"] = f"the process ended with code {process.exitcode}"
-    process.kill()
-    process.join()
+        found["a crash"] = f"the process ended with code {process.exitcode}"
     return found
 
 
-def _work(sender, change, path, names):
+def _work(sender, function, arguments):
     gc.freeze()  # what the parent has imported is never garbage
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    os.environ["SRLM_PROFILE"] = "grade"  # the same examples for everyone
-    settings.load_profile("grade")
-    sys.modules.pop("test_srlm", None)  # it is imported again, after the change
-    function, *arguments = change
     try:
-        function(*arguments)
+        function(lambda *message: sender.send(message), *arguments)
     except BaseException as error:
         sender.send(("import", words_of(error)))
-    else:
-        options = ["--assert=plain"] if function is plant else []  # no words needed, a second saved
-        run_tests(path, names, lambda name, error: sender.send((name, words_of(error))), *options)
+    sender.send((None, ""))
     os._exit(0)  # without the clean-up that belongs to the parent
 
 
 def words_of(error):
     """What went wrong, in words: the smallest counterexample, then "expected | yours" or the error."""
-    if error is None:
-        return ""
-    if hasattr(error, "exceptions"):  # a group, of several failures of one test
-        return words_of(error.exceptions[0])
     if isinstance(error, NotImplementedError):
         return NOT_WRITTEN
+    lines = []
     notes = "\n".join(getattr(error, "__notes__", []))
     example = re.search(r"(?:Falsifying|Failing) .*?: \w+\((.*?)\n\)", notes, re.DOTALL)
-    lines = []
     if example:  # without the remarks of Hypothesis
         said = re.sub("  # or any other generated value|# The test .* varied together.", "", example[1])
         lines += ["smallest counterexample: " + " ".join(said.split()).rstrip(",")]
@@ -3854,152 +3840,128 @@ def part_of(module, unit):
     return vars(getattr(module, owner, object) if owner else module).get(name)
 
 
+_in_order = sorted(UNITS, key=lambda unit: part_of(srlm, unit).__code__.co_firstlineno)
+UNITS = {unit: UNITS[unit] for unit in _in_order}
+
+
 def is_blank(function):
     """Does the function only raise NotImplementedError?"""
     return getattr(getattr(function, "__code__", None), "co_names", None) == ("NotImplementedError",)
 
 
-def replace(old, new):
-    """srlm uses `new` wherever it used `old`, also where `old` was bound as a default."""
-    def swap(value):
-        if isinstance(value, srlm.TextFormat):  # a default that holds encode and decode itself
-            for name, part in vars(value).items():
-                object.__setattr__(value, name, new if part is old else part)
-        return new if value is old else value
-
-    classes = [part for part in vars(srlm).values() if isinstance(part, type) and part.__module__ == "srlm"]
-    for owner in [srlm, *classes]:
-        for name, part in list(vars(owner).items()):
-            if part is old:
-                setattr(owner, name, new)
-            if isinstance(part, types.FunctionType):
-                part.__defaults__ = part.__defaults__ and tuple(map(swap, part.__defaults__))
-                for key, value in (part.__kwdefaults__ or {}).items():
-                    part.__kwdefaults__[key] = swap(value)
+@contextlib.contextmanager
+def replaced(old, new):
+    """`old` does what `new` does, wherever srlm has it: by name, as a default, or in a TextFormat."""
+    instead = lambda *args, _new, **named: _new(*args, **named)
+    before = old.__code__, old.__defaults__, old.__kwdefaults__
+    old.__code__, old.__defaults__, old.__kwdefaults__ = instead.__code__, None, {"_new": new}
+    try:
+        yield
+    finally:
+        old.__code__, old.__defaults__, old.__kwdefaults__ = before
 
 
-def hand_in(path, unit):
-    """Put the reader's version of a unit in srlm's place. What is blank in the file is lent by srlm,
-    so that the units can be written in any order."""
+def imported(path):
+    """The reader's file as a module."""
     sys.path.insert(0, str(Path(path).resolve().parent))
     spec = importlib.util.spec_from_file_location("hand_in", path)
     module = sys.modules["hand_in"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def find_units(report, path):
+    """Report which units a file has, other than those that it imports from srlm."""
+    module = imported(path)
+    for unit in UNITS:
+        written = part_of(module, unit)
+        if written is not None and written is not part_of(srlm, unit):
+            report(unit, NOT_WRITTEN if is_blank(written) else "")
+
+
+def grade_unit(report, path, unit):
+    """Run the tests of a unit on the reader's version. srlm lends what is still blank in the file."""
+    module, owner = imported(path), unit.rpartition(".")[0]
     written, original = part_of(module, unit), part_of(srlm, unit)
-    if is_blank(written) or written is original:
-        raise NotImplementedError
-    for other in UNITS:
-        if is_blank(part_of(module, other)) and "." not in other:
-            setattr(module, other, part_of(srlm, other))
-    replace(original, written)
-    owner, _, _ = unit.rpartition(".")
-    if owner:  # a class also lends what its method may use
-        for name, part in vars(getattr(module, owner)).items():
-            if not name.startswith("__") and not is_blank(part):
-                setattr(getattr(srlm, owner), name, part)
-
-
-def units_in(path):
-    """The units that a file defines or imports from elsewhere, read without running it."""
-    found = set()
-    for node in ast.parse(Path(path).read_text(encoding="utf-8"), str(path)).body:
-        if isinstance(node, ast.FunctionDef):
-            found.add(node.name)
-        elif isinstance(node, ast.ClassDef):
-            found |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
-        elif isinstance(node, ast.Assign):
-            found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-        elif isinstance(node, ast.ImportFrom) and node.module != "srlm":
-            found |= {name.asname or name.name for name in node.names}
-    return [unit for unit in sorted_units() if unit in found]
-
-
-def sorted_units():
-    """The units in the order of srlm.py."""
-    return sorted(UNITS, key=lambda unit: part_of(srlm, unit).__code__.co_firstlineno)
+    vars(module).update({other: part_of(srlm, other) for other in UNITS if is_blank(part_of(module, other))})
+    for name, part in vars(getattr(module, owner)).items() if owner else ():
+        if not (name.startswith("__") or part is written or is_blank(part)):  # what its method may use
+            setattr(getattr(srlm, owner), name, part)
+    with replaced(original, written):
+        run_tests(report, "grade", HERE / "test_srlm.py", UNITS[unit])
 
 
 def verdict_on(unit, found):
     """(did the unit pass?, the lines to print): None instead of True if it is not written."""
-    names = UNITS[unit]
     failed = {name: words for name, words in found.items() if words}
     if NOT_WRITTEN in failed.values():
         return None, [f"{unit:<22}{NOT_WRITTEN}"]
-    n_passed = sum(found.get(name) == "" for name in names)
-    lines = [f"{unit:<22}{n_passed} of {len(names)}"]
+    n_passed = sum(found.get(name) == "" for name in UNITS[unit])
+    lines = [f"{unit:<22}{n_passed} of {len(UNITS[unit])}"]
     for name, words in failed.items():
-        test = globals().get(name)
-        lines += ["    " + " ".join((test.__doc__ or name).split()) if test else f"    {name}"]
-        lines += ["        " + line for line in words.splitlines()]
-    return n_passed == len(names), lines
+        property_of = getattr(globals().get(name), "__doc__", None) or name
+        lines += ["    " + " ".join(property_of.split()), textwrap.indent(words, " " * 8)]
+    return n_passed == len(UNITS[unit]), lines
 
 
-def tried(function, *arguments):
-    """What the function returns, or 2, the exit code for a mistake of the user, after a line that names it."""
+def tried(otherwise, function, *arguments):
+    """What the function returns, or `otherwise` after a line that names a mistake of the user."""
     try:
         return function(*arguments)
     except SyntaxError as error:
         print(f"{error.filename}, line {error.lineno}: {error.msg}", file=sys.stderr)
     except (ValueError, OSError) as error:
         print(f"test_srlm: {error}", file=sys.stderr)
-    return 2
+    return otherwise
 
 
 def grade_file(path, required):
-    """Print what is right and what is wrong. Returns of each unit True, False, or None: it is not written."""
-    units = units_in(path)
-    if not units:
+    """Print what is right and what is wrong. Returns the exit code and a summary."""
+    ast.parse(Path(path).read_text(encoding="utf-8"), str(path))  # a SyntaxError names the line
+    in_file = run_in_process(find_units, path)
+    for words in [in_file[name] for name in in_file if name not in UNITS]:
+        raise ValueError(f"{path} cannot be imported: {' '.join(words.split())}")
+    if not in_file:
         print(f"{path} defines none of the units; `units` lists them")
-    results = {unit: None for unit in required if unit not in units}
-    for unit in results:
+    passed = {unit: None for unit in required if unit not in in_file}
+    for unit in passed:
         print(f"{unit:<22}is not in {path}")
+
+    graded = lambda unit: {unit: NOT_WRITTEN} if in_file[unit] else run_in_process(grade_unit, path, unit)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        all_found = pool.map(lambda unit: run_in_process((hand_in, path, unit), HERE / "test_srlm.py",
-                                                         UNITS[unit]), units)
-        for unit, found in zip(units, all_found):
-            if found.get("import") not in (None, NOT_WRITTEN):
-                raise ValueError(f"{path} cannot be imported: {' '.join(found['import'].split())}")
-            results[unit], lines = verdict_on(unit, found)
+        for unit, found in zip(in_file, pool.map(graded, in_file)):
+            passed[unit], lines = verdict_on(unit, found)
             print(*lines, sep="\n", flush=True)
-    return results
+    verdicts, is_missing = list(passed.values()), any(passed[unit] is None for unit in required)
+    code = int(is_missing or False in verdicts or True not in verdicts)
+    return code, f"{verdicts.count(True)} of {len(verdicts)} units pass"
 
 
 def grade(path, *others):
     """Your functions in the place of srlm's, under its tests. Exit code 0 if all that is written passes, and
     if every unit named after the files is written."""
     paths = [path, *(word for word in others if word.endswith(".py"))]
-    required, codes, summary = [word for word in others if word not in paths], [], []
+    required, outcomes = [word for word in others if word not in paths], {}
     for path in paths:
         if len(paths) > 1:
             print(f"\n{path}\n{'-' * len(path)}", flush=True)
-        results = tried(grade_file, path, required)
-        if results == 2:
-            codes.append(2)
-            summary.append(f"{path}  cannot be graded")
-            continue
-        verdicts, is_missing = list(results.values()), any(results[unit] is None for unit in required)
-        codes.append(int(is_missing or False in verdicts or True not in verdicts))
-        summary.append(f"{path}  {verdicts.count(True)} of {len(verdicts)} units pass")
+        outcomes[path] = tried((2, "cannot be graded"), grade_file, path, required)
     if len(paths) > 1:
-        print("", *summary, sep="\n")
-    return max(codes)
+        print("", *(f"{path}  {words}" for path, (_, words) in outcomes.items()), sep="\n")
+    return max(code for code, _ in outcomes.values())
 
 
 def check(written, unit=None):
-    """For a notebook: grade one function in this process and print the words. Returns the function to
-    go on with: yours if it passes all its tests, else srlm's."""
+    """For a notebook: grade a function. Returns it if it passes all its tests, else srlm's."""
     unit, found = unit or written.__name__, {}
     original = part_of(srlm, unit)
-    settings.load_profile("grade")
-    replace(original, written)
-    try:
-        if is_blank(written):
-            found["import"] = NOT_WRITTEN
-        else:
-            run_tests(HERE / "test_srlm.py", UNITS[unit],
-                      lambda name, error: found.update({name: found.get(name) or words_of(error)}))
-    finally:
-        replace(written, original)
+    record = lambda name, words: found.update({name: found.get(name) or words})
+    if is_blank(written):
+        record(unit, NOT_WRITTEN)
+    else:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            with replaced(original, written):
+                run_tests(record, "grade", HERE / "test_srlm.py", UNITS[unit])
     is_right, lines = verdict_on(unit, found)
     print(*lines, sep="\n")
     print(f"-> going on with {'your' if is_right else 'the'} {unit}{'' if is_right else ' of srlm.py'}")
@@ -4008,8 +3970,8 @@ def check(written, unit=None):
 
 def units():
     """What you can implement, in the order of srlm.py, and how many tests grade it."""
-    source = Path(srlm.__file__).read_text(encoding="utf-8").splitlines()
-    for unit in sorted_units():
+    source = SCRIPT.read_text(encoding="utf-8").splitlines()
+    for unit in UNITS:
         above = source[: part_of(srlm, unit).__code__.co_firstlineno]
         section = [line[2:] for line in above if re.match(r"# \d+\. ", line)][-1]
         print(f"{section:<36}{unit:<22}{len(UNITS[unit]):>2} tests")
@@ -4023,244 +3985,163 @@ def blank(*names):
     print('"""Your own versions. Grade them: python test_srlm.py grade THIS_FILE"""\n\nimport math\nimport re\n\n'
           "import numpy as np\nimport torch\nimport torch.nn.functional as F\n\n"
           "from srlm import *  # the rest of srlm.py, for what you have not written")
-    for unit in [unit for unit in sorted_units() if unit in (names or UNITS)]:
+    for unit in [unit for unit in UNITS if unit in (names or UNITS)]:
         owner = unit.rpartition(".")[0]
-        source = inspect.getsource(part_of(srlm, unit))
-        function = ast.parse(textwrap.dedent(source)).body[0]
-        lines = source.splitlines()[: function.body[0].end_lineno]  # up to the end of the docstring
-        indent = " " * (8 if owner else 4)
-        heading = [f"class {owner}:  # has the fields of srlm's, and lends it this method"] if owner else []
-        print("\n", *heading, *lines, f"{indent}raise NotImplementedError", sep="\n")
+        print("\n")
+        if owner:
+            print(f"class {owner}:  # has the fields of srlm's, and lends it this method")
+        up_to_the_code = re.match(r'.*?""".*?"""', inspect.getsource(part_of(srlm, unit)), re.DOTALL)
+        print(f"{up_to_the_code[0]}\n{' ' * (8 if owner else 4)}raise NotImplementedError")
 
 
 # Thirty known faults ------------------------------------------------------------------------------
-# The faults of a well-known public implementation, each as an edit of srlm.py and the tests that
-# must catch it.
+# The faults of a well-known public implementation: a title, the test that must catch it, the edit.
 
 FAULTS = r"""
- 1 SFT also learns the prompt
+@@ 1 SFT also learns the prompt: test_response_mask
 -    return (predicted >= prompt_lens[:, None]) & (predicted < end[:, None])
 +    return (predicted >= 0) & (predicted < end[:, None])
-test_the_loss_reads_exactly_the_logits_that_predict_the_response test_response_mask
-
- 2 the logits are compared with the token that they have read
+@@ 2 the logits are compared with the token that they have read: test_chain_rule
 -    nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
 +    nll = F.cross_entropy(logits.flatten(0, 1), ids[:, :-1].flatten(), reduction="none")
-test_probabilities_of_all_responses_sum_to_one test_chain_rule
-
- 3 the mean over tokens for the sum
+@@ 3 the mean over tokens for the sum: test_log_probability_of_a_concatenation_is_the_sum
 -    return logprobs.masked_fill(~mask, 0.0).sum(dim=1)  # not "* mask": 0 * -inf would be NaN
 +    return logprobs.masked_fill(~mask, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
-test_log_probability_of_a_concatenation_is_the_sum test_chain_rule
-
- 4 sampling reads the logits of padding
+@@ 4 sampling reads the logits of padding: test_greedy_equals_a_naive_loop
 -            logits.append(model(piece)[torch.arange(len(n), device=n.device), n - 1])
 +            logits.append(model(piece)[:, -1])
-test_greedy_equals_a_naive_loop
-
- 5 tokens that look like padding vanish
+@@ 5 tokens that look like padding vanish: test_a_pad_id_inside_a_row_is_a_token_like_any_other
 -    return ((ids != pad_id) * place).amax(dim=1)  # the last place that holds no pad_id
 +    return (ids != pad_id).sum(dim=1)
-test_a_pad_id_inside_a_row_is_a_token_like_any_other
-
- 6 the reference follows the model
+@@ 6 the reference follows the model: test_the_reference_is_the_model_as_the_stage_begins
 -        ref_chosen = chosen.new_tensor([pair.ref_chosen for pair in batch])
 +        ref_chosen = chosen.detach()
-test_the_reference_is_the_model_as_the_stage_begins
-
- 7 SPIN's opponent has been trained before it writes
--        written = parallel_map(write, range(0, len(items), 64), "writing")
+@@ 7 SPIN's opponent has been trained before it writes: test_the_reference_is_the_model_as_the_stage_begins
 +        minimise(model, sft_objective(items), self, context)
-+        written = parallel_map(write, range(0, len(items), 64), "writing")
-test_the_reference_is_the_model_as_the_stage_begins
-
- 8 the parser fails on a score with a decimal point
+         written = parallel_map(write, range(0, len(items), 64), "writing")
+@@ 8 the parser fails on a score with a decimal point: test_every_number_round_trips_through_any_template
 -    return float(found[-1]) if found else None
 +    return int(found[-1]) if found else None
-test_every_number_round_trips_through_any_template test_parse_never_raises
-
- 9 white space matters to the parser
+@@ 9 white space matters to the parser: test_white_space_and_case_do_not_matter
 -        return r"\s+".join(re.escape(word) for word in words)
 +        return " ".join(re.escape(word) for word in words)
-test_white_space_and_case_do_not_matter
-
-10 the score is read from the answer as well as the reply
+@@10 the score is read from the answer as well as the reply: test_a_response_cannot_grade_itself
 -    for reply in map(text.text, replies):
 +    for reply in (text.text(torch.cat(both)) for both in zip(rows, replies)):
-test_a_response_cannot_grade_itself
-
-11 a judge may be left without room for a reply
+@@11 a judge may be left without room for a reply: test_a_judge_without_room_is_an_error
 -        require(0 < len(row) < limit, f"sample: prompt {i} has {len(row)} tokens; it needs "
 +        require(0 < len(row), f"sample: prompt {i} has {len(row)} tokens; it needs "
-test_a_judge_without_room_is_an_error
-
-12 a judge that always ties is asked again and again
+@@12 a judge that always ties is asked again and again: test_no_pair_at_all_is_an_error_in_bounded_time
 -    chunks = [prompts[:4], *(prompts[at : at + 64] for at in range(4, len(prompts), 64))]
 +    chunks = [prompts[:4], *(prompts[at : at + 64] for at in range(4, len(prompts), 64))] * 100
-test_no_pair_at_all_is_an_error_in_bounded_time test_a_judge_that_never_scores_is_quoted_and_named
-
-13 a tie drops the prompts that follow it
+@@13 a tie drops the prompts that follow it: test_a_tie_skips_one_prompt_and_no_other
 -            if pair is not None:
 -                pairs.append(pair)
 +            if pair is None:
 +                break
 +            pairs.append(pair)
-test_a_tie_skips_one_prompt_and_no_other
-
-14 there are more pairs than asked for
+@@14 there are more pairs than asked for: test_generation_stops_at_n_pairs_or_warns
 -    pairs = pairs[:n_pairs]
 +    pairs = list(pairs)
-test_generation_stops_at_n_pairs_or_warns
-
-15 an answer is preferred to itself
+@@15 an answer is preferred to itself: test_equal_tokens_are_no_pair
 -    if chosen.equal(rejected):
 +    if chosen is rejected:
-test_equal_tokens_are_no_pair
-
-16 rewards of shape (B, 1) are refused
+@@16 rewards of shape (B, 1) are refused: test_rewards_may_come_in_any_form
 -    require(tuple(rewards.shape) in ((n,), (n, 1)),
 +    require(tuple(rewards.shape) == (n,),
-test_rewards_may_come_in_any_form
-
-17 pairs can be generated only once
+@@17 pairs can be generated only once: test_pairs_can_be_generated_twice
 -    pairs = pairs[:n_pairs]
 +    pairs, prompts[:] = pairs[:n_pairs], []
-test_pairs_can_be_generated_twice
-
-18 a field of a config does nothing
+@@18 a field of a config does nothing: test_every_field_changes_what_happens[sft-weight_decay]
 -    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=config.weight_decay,
 +    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.0,
-test_every_field_changes_what_happens[sft-weight_decay]
-
-19 one kind of stage does not run
+@@19 one kind of stage does not run: test_stages_run_in_any_order
 -        pairs = checked_data(self, "pair_dataset", model, context.text)
 +        pairs = checked_data(self, "prompt_dataset", model, context.text)
-test_stages_run_in_any_order
-
-20 early stopping keeps the last weights, not the best
+@@20 early stopping keeps the last weights, not the best: test_early_stopping_follows_its_rule
 -            self.best_weights = {name: w.clone() for name, w in model.state_dict().items()}
 +            self.best_weights = model.state_dict()
-test_early_stopping_follows_its_rule
-
-21 the direction of an evaluation is ignored
+@@21 the direction of an evaluation is ignored: test_early_stopping_follows_its_rule
 -        value = value if self.mode == "max" else -value
 +        value = -value
-test_early_stopping_follows_its_rule
-
-22 processes begin with different weights
+@@22 processes begin with different weights: test_two_forked_processes_train_to_the_weights_of_one
 -        self.model.load_state_dict(on_rank_zero(self.model.state_dict))  # the same everywhere
 +        pass
-test_two_forked_processes_train_to_the_weights_of_one
-
-23 several processes keep their own gradients
+@@23 several processes keep their own gradients: test_two_forked_processes_train_to_the_weights_of_one
 -        sum_gradients_over_processes(parameters)
 +        pass
-test_two_forked_processes_train_to_the_weights_of_one
-
-24 "every n steps" fires one step early
+@@24 "every n steps" fires one step early: test_every_n_steps_is_n_2n_3n
 -        return self.eval_fn is not None and step % min(self.every, steps) == 0
 +        return self.eval_fn is not None and (step + 1) % min(self.every, steps) == 0
-test_every_n_steps_is_n_2n_3n
-
-25 a logit filter may leave no token
+@@25 a logit filter may leave no token: test_top_p
 -    excluded[..., 0] = False
 +    pass
-test_top_p
-
-26 padding on the left stays in the prompt
+@@26 padding on the left stays in the prompt: test_greedy_equals_a_naive_loop
 -            prompt = prompt[real[0] : real[-1] + 1] if len(real) else prompt[:0]
 +            prompt = prompt[: real[-1] + 1] if len(real) else prompt[:0]
-test_greedy_equals_a_naive_loop
-
-27 sampling goes on after EOS
+@@27 sampling goes on after EOS: test_a_row_ends_at_eos
 -                unfinished &= tokens != eos_id
 +                unfinished &= tokens != -2
-test_a_row_ends_at_eos
-
-28 padding of training data counts as tokens
+@@28 padding of training data counts as tokens: test_padding_is_not_trained_on
 -    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
--    return ids.to(device), torch.tensor([prompt_len for _, prompt_len in items], device=device)
 +    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
-+    return ids.to(device), torch.tensor([prompt_len for _, prompt_len in items], device=device)
-test_padding_is_not_trained_on
-
-29 a function changes its argument
+     return ids.to(device), torch.tensor([prompt_len for _, prompt_len in items], device=device)
+@@29 a function changes its argument: test_no_function_changes_its_arguments
 -    ids = ids.masked_fill(place >= row_lengths(ids, pad_id)[:, None], 0)
 +    ids = ids.masked_fill_(place >= row_lengths(ids, pad_id)[:, None], 0)
-test_no_function_changes_its_arguments
-
-30 every evaluation keeps a copy of the weights
--            self.best_weights = {name: w.clone() for name, w in model.state_dict().items()}
-+            self.best_weights = {name: w.clone() for name, w in model.state_dict().items()}
+@@30 every evaluation keeps a copy of the weights: test_at_most_one_copy_of_the_weights_is_alive[sft]
+             self.best_weights = {name: w.clone() for name, w in model.state_dict().items()}
 +            self.__dict__.setdefault("all_weights", []).append(self.best_weights)
-test_at_most_one_copy_of_the_weights_is_alive[sft]
 """
 
 
-def parsed_faults():
-    """(number and title, the old lines, the new lines, the tests) of each fault."""
-    for block in FAULTS.strip("\n").split("\n\n"):
-        title, *lines = block.splitlines()
-        old = "\n".join(line[1:] for line in lines if line[0] == "-")
-        new = "\n".join(line[1:] for line in lines if line[0] == "+")
-        yield title, old, new, lines[-1].split()
-
-
-def plant(folder):
-    """Import the srlm.py of this folder; processes that it starts find it too."""
-    os.environ.update(PYTHONPATH=str(folder), SRLM_PROFILE="faults")
-    settings.load_profile("faults")
+def run_on(report, folder, path, names=()):
+    """Run tests on the srlm.py of a folder; processes that it starts find it too."""
+    os.environ["PYTHONPATH"] = str(folder)
     sys.path.insert(0, str(folder))
     sys.modules.pop("srlm", None)
     importlib.import_module("srlm")
+    run_tests(report, "faults", path, names, "--assert=plain")  # no words needed, a second saved
 
 
-def run_with_fault(fault, tests=None):
-    """Which tests fail with the fault in srlm.py: those that should, or all of another file."""
-    title, old, new, names = fault
-    source = Path(srlm.__file__).read_text(encoding="utf-8")
+def plant(fault, path=None):
+    """(title, edit, which tests fail with it): of the one that must catch it, or of the reader's file."""
+    heading, *edit = fault.splitlines()
+    title, _, test = heading.rpartition(": ")
+    old, new = ("\n".join(line[1:] for line in edit if line[0] != other) for other in "+-")
+    source = SCRIPT.read_text(encoding="utf-8")
     if source.count(old) != 1:
         raise ValueError(f"fault {title}: the edit no longer applies, {source.count(old)} places match\n{old}")
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "srlm.py").write_text(source.replace(old, new), encoding="utf-8")
-        found = run_in_process((plant, folder), tests or HERE / "test_srlm.py", () if tests else names)
-    return [name for name, words in found.items() if words]
+        found = run_in_process(run_on, folder, path or HERE / "test_srlm.py", [] if path else [test])
+    return title, edit, [name for name, words in found.items() if words]
 
 
-def table_of_faults(tests=None, show_edits=False):
-    """Plant every fault in turn and print a row for each. Returns how many were caught, and of how many."""
-    faults = list(parsed_faults())
+def faults(path=None, who="the tests"):
+    """Plant thirty known faults, one by one; exit code 0 if the tests catch every one."""
+    known, n_caught = FAULTS.split("@@")[1:], 0
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        n_caught = 0
-        for fault, failed in zip(faults, pool.map(lambda fault: run_with_fault(fault, tests), faults)):
-            title, old, new, names = fault
+        for title, edit, failed in pool.map(lambda fault: plant(fault, path), known):
             n_caught += len(failed) > 0
             print(f"{title:<52}  {'caught by ' + ', '.join(failed) if failed else 'NOT CAUGHT'}", flush=True)
-            if show_edits:
-                print(*(f"      - {line}" for line in old.splitlines()), sep="\n")
-                print(*(f"      + {line}" for line in new.splitlines()), sep="\n")
-    return n_caught, len(faults)
-
-
-def faults():
-    """Plant thirty known faults, one by one; exit code 0 if the tests catch every one."""
-    n_caught, n = table_of_faults(show_edits=True)
-    print(f"{n_caught} of {n} faults are caught")
-    return 0 if n_caught == n else 1
+            if path is None:
+                print(*(f"      {line}" for line in edit), sep="\n")
+    print(f"{who} catch {n_caught} of {len(known)} faults")
+    return 0 if n_caught == len(known) else 1
 
 
 def audit(path):
     """Your tests against the thirty faults; exit code 0 if they pass on srlm.py as it is."""
     path = Path(path).resolve(strict=True)
-    found = run_in_process((plant, HERE), path)
+    found = run_in_process(run_on, SCRIPT.parent, path)
     failed = {name: words for name, words in found.items() if words}
     for name, words in failed.items():
         print(f"{name} fails on srlm.py as it is:", *words.splitlines(), sep="\n    ")
     if failed or not found:
         print("" if found else f"{path.name} has no tests")
         return 1
-    n_caught, n = table_of_faults(tests=path)
-    print(f"{path.name}: {len(found)} tests pass on srlm.py and catch {n_caught} of {n} faults")
+    faults(path, f"{path.name}: {len(found)} tests pass on srlm.py and")
     return 0
 
 
@@ -4270,14 +4151,13 @@ def main(argv):
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for function, argument in ((units, {}), (blank, {"nargs": "*", "metavar": "UNIT"}),
                                (grade, {"nargs": "+", "metavar": "MINE.py [MORE.py ...] [UNIT ...]"}),
-                               (faults, {}), (audit, {"metavar": "MY_TESTS.py"})):
+                               (faults, {}), (audit, {"nargs": 1, "metavar": "MY_TESTS.py"})):
         command = commands.add_parser(function.__name__, help=function.__doc__)
         command.set_defaults(function=function, arguments=[])
         if argument:
             command.add_argument("arguments", **argument)
     args = parser.parse_args(argv)
-    arguments = [args.arguments] if isinstance(args.arguments, str) else args.arguments
-    return tried(args.function, *arguments)
+    return tried(2, args.function, *args.arguments)
 
 
 if __name__ == "__main__":
