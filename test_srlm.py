@@ -2091,7 +2091,7 @@ def test_a_senseless_field_is_refused(kind):
             with pytest.raises(ValueError, match=f"{make.__name__}: {field} = {value!r}"):
                 stage(kind, **{field: value})
     with pytest.raises(dataclasses.FrozenInstanceError):
-        stage(kind, warmup=1).steps = 5
+        pickle.loads(pickle.dumps(stage("sft", warmup=1))).steps = 5
 
 
 def test_defaults_are_those_of_the_papers():
@@ -2114,19 +2114,11 @@ def returning(wrap):
 EOS, CONTRACT = r"eos_id=%d\b.*\b9\b.*eos_id=None", "%s.*logits.*wrap"
 ROOM = r"stage 0 \(self-reward\): %s = 20 .*max_seq_len = 20"
 SHORT_MODEL = dict(model=limited(Tiny(), 20))
-
-
-@pytest.mark.parametrize("old, new", [
-    ("dpo_beta", "beta"), ("num_train_steps", "steps"), ("spin_λ", "lam")])
-def test_a_name_of_the_older_package_is_answered_with_the_new_one(old, new):
-    """A field of self-rewarding-lm-pytorch is an error that names the field of today."""
-    with pytest.raises(ValueError, match=f"SFTConfig: {old} is now {new}"):
-        srlm.SFTConfig(train_dataset=ITEMS, **{old: 1})
-    config = stage("sft")
-    assert pickle.loads(pickle.dumps(config)).steps == dataclasses.replace(config).steps == config.steps
+NEW_NAMES = {"dpo_beta": "beta", "num_train_steps": "steps", "spin_λ": "lam"}  # of the older package
 
 
 @pytest.mark.parametrize("kinds, fields, how, words", [
+    *[(KINDS, {old: 1}, {}, f"Config: {old} is now {NEW_NAMES[old]}") for old in NEW_NAMES],
     *[(KINDS, {}, dict(eos_id=eos_id), EOS % eos_id) for eos_id in (9, 256, -1)],
     (KINDS, {}, dict(model=returning(lambda logits: (logits, None))), CONTRACT % "tuple"),
     (KINDS, {}, dict(model=returning(lambda logits: {"logits": logits})), CONTRACT % "dict"),
@@ -2139,7 +2131,7 @@ def test_a_name_of_the_older_package_is_answered_with_the_new_one(old, new):
     (["self-reward"], dict(reward_config="other"), dict(self_reward_prompt_config={"length": JUDGE}),
      r"stage 0 \(self-reward\): .*'other'.*length")])
 def test_what_cannot_work_is_refused_before_any_work(kinds, fields, how, words):
-    """An impossible EOS, a model without logits, texts without room, or an unknown judge is refused."""
+    """Old names, an impossible EOS, no logits, no room, or an unknown judge is refused."""
     for kind in kinds:
         assert re.search(words, refusal(lambda: [stage(kind, **fields)], **how))
 
@@ -2181,15 +2173,26 @@ def train_by_hand(model, loss_fn, config):
     return np.mean(losses[-20:])
 
 
+REPLAYED = ITEMS[2:3]
+
+
+def replay_loss(model):
+    """sft_loss of the replayed item."""
+    (ids, n), = REPLAYED
+    return srlm.sft_loss(model, ids[None], torch.tensor([n]))
+
+
 @given(st.integers(1, 30), st.floats(0, 1), st.sampled_from([0.0, 0.3]),
-       st.sampled_from([0.01, 1.0]), st.booleans())
-def test_sft_follows_its_update_rule(steps, warmup, weight_decay, max_grad_norm, tied):
-    """SFT on one item ends with the loss and the weights of a loop that is written by hand."""
+       st.sampled_from([0.01, 1.0]), st.sampled_from([0.0, 0.5, 2.0]), st.booleans())
+def test_sft_follows_its_update_rule(steps, warmup, weight_decay, max_grad_norm, weight, tied):
+    """SFT on one item, with another replayed, ends as a loop that is written by hand."""
     config = stage("sft", train_dataset=ITEMS[1:2], steps=steps, warmup=warmup, learning_rate=0.02,
-                   weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+                   weight_decay=weight_decay, max_grad_norm=max_grad_norm, replay_dataset=REPLAYED,
+                   replay_weight=weight)
     expected, model = (tie(Tiny().double()) if tied else Tiny().double() for _ in range(2))
     ids, n = ITEMS[1]
-    loss_fn = lambda: srlm.sft_loss(expected, ids[None], torch.tensor([n]))
+    loss_fn = lambda: (srlm.sft_loss(expected, ids[None], torch.tensor([n]))
+                       + weight * replay_loss(expected))
     loss = train_by_hand(expected, loss_fn, config)
     records, trained, _ = run([config], model)
     close(records[0]["loss"], loss, 1e-5)
@@ -2222,15 +2225,16 @@ def test_an_epoch_has_every_example_once_and_its_batches_little_padding(
 @every_preference_kind
 def test_the_reference_is_the_model_as_the_stage_begins(kind, tmp_path):
     """On one pair a stage trains as a loop does whose reference is a copy of the first model."""
-    model, expected, reference = Tiny().double(), Tiny().double(), Tiny().double()  # three equal models
-    fields = dict(steps=25, batch_size=1, learning_rate=0.05, max_epochs=None)
+    model, expected, reference = (Tiny().double() for _ in range(3))  # equal models
+    fields = dict(steps=25, batch_size=1, learning_rate=0.05, max_epochs=None,
+                  replay_dataset=REPLAYED, replay_weight=0.5)
     dpo = dict(fields, beta=0.7, nll_weight=0.3)
     prompt, better, worse = TEXT.prompt_ids("bc"), torch.tensor([3, 1, 0]), torch.tensor([2, 8, 0])
     if kind == "spin":  # the rejected answer is the model's own
-        worse = srlm.sample(reference, [prompt], max_new_tokens=4, temperature=0, eos_id=8)[0]
+        worse, = srlm.sample(reference, [prompt], max_new_tokens=4, temperature=0, eos_id=8)
         item = torch.cat((prompt, better)), len(prompt)
         config = stage(kind, train_dataset=[item], temperature=0, lam=0.7, **fields)
-    elif kind == "dpo":  # the pair still has the reference of an earlier stage, which must not count
+    elif kind == "dpo":  # the pair has the reference of an earlier stage, which must not count
         pair = srlm.PreferencePair(prompt, better, worse, ref_chosen=-3.0, ref_rejected=-1.0)
         config = stage(kind, pair_dataset=[pair], **dpo)
     else:  # the stage writes both answers, and saves them in a file
@@ -2238,16 +2242,15 @@ def test_the_reference_is_the_model_as_the_stage_begins(kind, tmp_path):
                        pick_pair=lambda rewards: (0, 3), is_valid_reward_pair=lambda a, b: True, **dpo)
     records, trained, _ = run([config], model)
     if "reward" in kind:
-        prompt, better, worse, *_ = srlm.load_pairs(tmp_path / "pairs", TEXT)[0]
+        (prompt, better, worse, *_), = srlm.load_pairs(tmp_path / "pairs", TEXT)
     pair = srlm.PreferencePair(prompt, better, worse)
-    ref_chosen, ref_rejected = [logprob.detach() for logprob in srlm.pair_logprobs(reference, [pair])]
+    frozen = [logprob.detach() for logprob in srlm.pair_logprobs(reference, [pair])]
 
     def loss():
         chosen, rejected = srlm.pair_logprobs(expected, [pair])
-        if kind == "spin":
-            return srlm.spin_loss(chosen, rejected, ref_chosen, ref_rejected, lam=0.7)[0].mean()
-        losses, *_ = srlm.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.7)
-        return (losses - 0.3 * chosen).mean()  # the likelihood term: the whole log-probability
+        loss = srlm.dpo_loss(chosen, rejected, *frozen, beta=0.7)[0]  # which is SPIN's with lam=0.7
+        likelihood = 0.0 if kind == "spin" else 0.3 * chosen  # the whole log-probability
+        return (loss - likelihood).mean() + 0.5 * replay_loss(expected)
 
     close(records[0]["loss"], train_by_hand(expected, loss, config), 1e-5)
     torch.testing.assert_close(trained, weights(expected), atol=1e-7, rtol=1e-7)
@@ -2260,17 +2263,6 @@ def test_the_first_update_starts_at_log_2(kind):
     close(first_loss(), math.log(2), 1e-6)
     if kind != "spin":
         close(first_loss(loss_fn=squared_margin, beta=0.25), (1 / (2 * 0.25)) ** 2, 1e-5)
-
-
-@every_kind
-def test_replay_is_a_weighted_sft_loss(kind):
-    """Replay adds its weight times the SFT loss of the replayed items to the loss of any kind of stage."""
-    first_loss = lambda **replay: run([stage(kind, steps=1, batch_size=1, **replay)])[0][0]["loss"]
-    ids, n = ITEMS[2]
-    sft = srlm.sft_loss(Tiny(), ids[None], torch.tensor([n]))
-    for weight in (0.0, 0.5, 2.0):
-        found = first_loss(replay_dataset=ITEMS[2:3], replay_weight=weight)
-        close(found, first_loss() + weight * sft, 1e-5)
 
 
 @every_kind
@@ -2327,12 +2319,11 @@ def test_judges_are_picked_by_name():
 
 
 def test_the_stages_of_the_paper(tmp_path):
-    """A dict of arguments stands for the stages of the paper: SFT, then rounds of self-rewarding DPO."""
+    """A dict of arguments stands for SFT and two rounds of self-rewarding DPO, or more."""
     recipe = dict(sft_dataset=ITEMS, prompt_dataset=WORDS, sft=dict(steps=2),
                   dpo=dict(steps=1, max_new_tokens=4, max_judge_tokens=3))
     assert len(srlm.paper_stages(**recipe, rounds=3)) == 4
-    records = trainer(tmp_path, recipe)()
-    assert [(record["kind"], record["steps"]) for record in records] == [
+    assert [(record["kind"], record["steps"]) for record in trainer(tmp_path, recipe)()] == [
         ("sft", 2), ("self-reward", 1), ("self-reward", 1)]
     for stages in ([], [srlm.StageConfig()]):  # a StageConfig alone says nothing of what to do
         with pytest.raises(ValueError, match="one or more stage configs"):
@@ -2414,21 +2405,22 @@ every_data_field = pytest.mark.parametrize("kind, field, rows", [
 @every_data_field
 def test_the_form_of_a_data_set_does_not_matter(kind, field, rows):
     """Lists, tuples, Datasets or functions, and ids of any integer type, train to the same bits."""
-    forms = [rows, tuple(rows), Listed(rows), lambda model: Listed(rows)]
+    forms = [tuple(rows), Listed(rows), lambda model: Listed(rows)]
     if rows is ITEMS:
         forms += [[(ids.tolist(), n) for ids, n in ITEMS],
                   [(ids.numpy(), np.int64(n)) for ids, n in ITEMS],
                   [(ids.int(), torch.tensor(n)) for ids, n in ITEMS]]
-    expected, *found = [run([stage(kind, **{field: form})]) for form in forms]
-    for records, trained, _ in found:
-        assert records == expected[0] and not moved(expected[1], trained)
+    records, expected, _ = run([stage(kind, **{field: rows})])
+    for form in forms:
+        found, trained, _ = run([stage(kind, **{field: form})])
+        assert found == records and not moved(trained, expected)
 
 
 pair = lambda *parts: srlm.PreferencePair(*map(torch.tensor, parts))
 ITEM = torch.tensor([1, 2, 3])
 BAD_ITEMS = [  # an entry, and what the complaint says of it
-    ("ab", "ab"), (7, "7"), (None, "None"), (ITEM, ""), ((ITEM,), ""), ((ITEM, 1, 1), ""), (("ab", 1), "ab"),
-    ({"ids": [1, 2], "prompt_len": 1}, "ids"), ((iter([1, 2, 3]), 1), ""), ((None, 1), "None"),
+    ("ab", "ab"), (7, "7"), (None, "None"), (ITEM, ""), ((ITEM,), ""), ((ITEM, 1, 1), ""),
+    (("ab", 1), "ab"), ({"ids": [1, 2]}, "ids"), ((iter([1, 2, 3]), 1), ""), ((None, 1), "None"),
     (([], 0), "0 tokens"), (([3], 0), "1 token"), (([3], 1), "1 token"), (([1, 2], 2), "2 tokens.*2"),
     (([1, 2], 5), "2 tokens.*5"), (([1, 2], -1), "2 tokens.*-1"), (([1] * 31, 2), "31 tokens.*30"),
     (([9, 9], 0), "9"), (([1, 2, 9], 1), "9"), (([1, -1, 2], 1), "-1"), (([1.5, 2.5], 0), "1.5"),
@@ -2437,7 +2429,7 @@ BAD_ITEMS = [  # an entry, and what the complaint says of it
     ((ITEM, NAN), "nan"), ((ITEM, ITEM), "")]
 BAD_PROMPTS = [(b"c", "bytes"), (None, "None"), (["b"], "list"), (ITEMS[0], "tuple"), (3, "int"),
                ({"prompt": "a"}, "dict")]
-BAD_PAIRS = [("abc", "abc"), (7, "7"), (None, "None"), (dict(prompt="a", chosen="b", rejected="c"), "prompt"),
+BAD_PAIRS = [("abc", "abc"), (7, "7"), (None, "None"), (dict(prompt="a", chosen="b"), "prompt"),
              (pair([1], [9], [2]), "9"), (pair([1], [-1], [2]), "-1"), (pair([1], [1.5], [2]), "1.5"),
              (pair([1], [2] * 30, [2]), "30"), (("a", "b", "b"), "equal"), (pair([1], [], [2]), "0")]
 
@@ -2458,8 +2450,10 @@ def test_the_first_bad_entry_of_a_data_set_is_named(kind, field, rows):
 
 def test_a_prompt_may_be_empty():
     """An empty prompt trains as a prompt of one token does, and as loss_on_prompt does."""
-    none, one = (run([stage("sft", train_dataset=[(ids, n) for ids, _ in ITEMS])])[1] for n in (0, 1))
-    same([none, run([stage("sft", loss_on_prompt=True)])[1]], [one, one])
+    none, one = ([(ids, n) for ids, _ in ITEMS] for n in (0, 1))
+    fields = dict(train_dataset=none), dict(loss_on_prompt=True), dict(train_dataset=one)
+    found = [run([stage("sft", **field)])[1] for field in fields]
+    same(found, [found[0]] * 3)
 
 
 def test_padding_is_not_trained_on():
@@ -2472,22 +2466,24 @@ def test_padding_is_not_trained_on():
 
 @pytest.mark.parametrize("eos_id", [0, 8])
 def test_the_loss_sees_eos(eos_id):
-    """After training on "bc" -> "ad" the model says just that, and then EOS, even if EOS is id 0."""
+    """After training on "bc" -> "ad" the model says just that, and then EOS, even if EOS is 0."""
     shift = int(eos_id == 0)  # a letter whose id is that of EOS cannot be said
-    text = dataclasses.replace(TEXT, encode=lambda text: [i + shift for i in ENCODE(text)], eos_id=eos_id)
-    model, item = Tiny(dim=8), text.item("bc", "ad")
-    run([stage("sft", train_dataset=[item], steps=80, learning_rate=0.05)], model, eos_id=eos_id)
-    said = srlm.sample(model, [text.prompt_ids("bc")], max_new_tokens=9, temperature=0, eos_id=eos_id)
-    assert said[0].tolist() == [shift, 3 + shift, eos_id]
+    shifted = lambda text: [i + shift for i in ENCODE(text)]
+    text = dataclasses.replace(TEXT, encode=shifted, eos_id=eos_id)
+    config = stage("sft", train_dataset=[text.item("bc", "ad")], steps=80, learning_rate=0.05)
+    run([config], model := Tiny(dim=8), eos_id=eos_id)
+    said, = srlm.sample(model, [text.prompt_ids("bc")], max_new_tokens=9, temperature=0, eos_id=eos_id)
+    assert said.tolist() == [shift, 3 + shift, eos_id]
 
 
 def test_training_changes_no_data():
     """No stage changes its prompts, items, pairs or judging model, or a field of its config."""
     prompts, items, pairs, judge = list(WORDS), list(ITEMS), PAIRS + write()[0], Tiny(seed=5)
-    stages = [stage("sft", train_dataset=items), stage("spin", train_dataset=items, replay_dataset=items),
-              stage("self-reward", prompt_dataset=prompts, rewarding_model=judge),
-              stage("external-reward", prompt_dataset=prompts), stage("dpo", pair_dataset=pairs)]
-    fields, data = [dict(vars(config)) for config in stages], (prompts, items, pairs, judge)
+    data = dict(train_dataset=items, replay_dataset=items, prompt_dataset=prompts, pair_dataset=pairs,
+                rewarding_model=judge)
+    stages = [stage(kind, **{field.name: data[field.name] for field in dataclasses.fields(make)
+                             if field.name in data}) for kind, (make, _) in KINDS.items()]
+    fields = [dict(vars(config)) for config in stages]
     before = pickle.dumps(data)  # every bit of it, and whether the judge is in training mode
     run(stages)
     assert pickle.dumps(data) == before
@@ -2498,16 +2494,17 @@ def test_training_changes_no_data():
 def test_no_function_changes_its_arguments(tmp_path):
     """A function leaves its arguments as they were, bit for bit, models and their mode included."""
     rows, model, pairs = ragged(np.random.default_rng(0), 3, 9, low=2), HashModel(9), write()[0]
-    ids, lens, logits = pad(rows, 9), torch.tensor([1, 0, 1]), torch.randn(3, 9, generator=generator(0))
+    ids, lens, logits = pad(rows, 9), torch.tensor([1, 0, 1]), torch.randn(3, 9)
     four, scores = [torch.randn(3) for _ in range(4)], np.array([[3.0, 1, 4, 1], [5, 9, 2, 6]])
     sample = functools.partial(srlm.sample, max_new_tokens=3, pad_id=9)
     for function, *arguments in [
-            (srlm.top_k, logits, 2), (srlm.top_p, logits, 0.5), (sample, model, rows), (sample, model, ids),
-            (srlm.token_logprobs, model, ids, 9), (srlm.response_mask, ids, lens, 9),
-            (srlm.sequence_logprobs, model, ids, lens, 9), (srlm.sft_loss, model, ids, lens, 9),
-            (srlm.dpo_loss, *four), (srlm.spin_loss, *four), (srlm.with_reference_logprobs, model, pairs),
+            (srlm.top_k, logits, 2), (srlm.top_p, logits, 0.5), (sample, model, rows),
+            (sample, model, ids), (srlm.token_logprobs, model, ids, 9),
+            (srlm.response_mask, ids, lens, 9), (srlm.sequence_logprobs, model, ids, lens, 9),
+            (srlm.sft_loss, model, ids, lens, 9), (srlm.dpo_loss, *four), (srlm.spin_loss, *four),
+            (srlm.with_reference_logprobs, model, pairs),
             (srlm.save_pairs, tmp_path / "pairs", pairs, srlm.TextFormat(eos_id=8)),
-            (srlm.judging_metrics, scores, scores[::-1]), (srlm.head_to_head, scores, scores[::-1])]:
+            (srlm.judging_metrics, scores, -scores), (srlm.head_to_head, scores, -scores)]:
         before = pickle.dumps(arguments)
         function(*arguments)
         assert pickle.dumps(arguments) == before, function
@@ -2515,17 +2512,17 @@ def test_no_function_changes_its_arguments(tmp_path):
 
 @given(SEEDS, st.integers(1, 6))
 def test_proposed_prompts_are_new_valid_and_counted(seed, n):
-    """The model writes new prompts, where its chat template has them, until n are valid, and counts them."""
-    found, counts = srlm.propose_prompts(
-        HashModel(9, seed % 1000), n, known=["a", "b"], text=TEXT, max_new_tokens=6, max_tries=5,
-        is_valid=lambda prompt: "c" not in prompt, generator=generator(seed))
+    """New prompts are written where the chat template has them, until n are valid, and counted."""
+    propose = functools.partial(srlm.propose_prompts, HashModel(9, seed % 1000), n)
+    found, counts = propose(known=["a", "b"], text=TEXT, max_new_tokens=6, max_tries=5,
+                            is_valid=lambda prompt: "c" not in prompt, generator=generator(seed))
     assert len(found) == len(set(found)) <= n and not {"a", "b"} & set(found)
     assert all(prompt and not set("ch") & set(prompt) for prompt in found)
     assert list(counts) == ["written", "valid", "new"]
     assert len(found) <= counts["new"] <= counts["valid"] <= counts["written"] <= 5 * n
     assert len(found) == n or counts["written"] == 5 * n
     with pytest.raises(ValueError, match="chat template"):
-        srlm.propose_prompts(HashModel(9), n, text=dataclasses.replace(TEXT, chat_template="{{ prompt }}h"))
+        propose(text=dataclasses.replace(TEXT, chat_template="{{ prompt }}h"))
 
 
 def test_mock_data_sets():
@@ -2538,15 +2535,14 @@ def test_mock_data_sets():
 
 
 def early_stopping_rule(values, mode, patience):
-    """How many values are looked at, and which of them is the first best one (None: all are NaN)."""
+    """How many values are looked at, and which is the first best one (None: all are NaN)."""
     sign, best = (1 if mode == "max" else -1), None
     for i, value in enumerate(values):
         if not math.isnan(value) and (best is None or sign * value > sign * values[best]):
             best = i
-        misses = i + 1 if best is None else i - best
-        if misses == patience:
-            return i + 1, best
-    return len(values), best
+        if patience == (i + 1 if best is None else i - best):
+            break
+    return i + 1, best
 
 
 @given(st.lists(st.sampled_from([NAN, -1, 0.0, 1, 2.5]), min_size=1, max_size=7),
@@ -2554,15 +2550,10 @@ def early_stopping_rule(values, mode, patience):
        st.sampled_from([float, torch.tensor, lambda x: x]))
 @example([NAN, 1, 3, 3, 2], "max", 2, 1, float)
 def test_early_stopping_follows_its_rule(values, mode, patience, every, form):
-    """A stage ends after `patience` evaluations without a new best one, and keeps its best weights."""
+    """A stage ends after `patience` evaluations without a new best, and keeps its best weights."""
     seen, model = [], Tiny()  # seen: the weights at each evaluation
-
-    def eval_fn(model):
-        seen.append(weights(model))
-        return form(values[len(seen) - 1])
-
-    config = stage("sft", steps=every * len(values), eval_fn=eval_fn, eval_every=every, eval_mode=mode,
-                   patience=patience)
+    config = stage("sft", steps=every * len(values), eval_every=every, eval_mode=mode, patience=patience,
+                   eval_fn=lambda model: seen.append(weights(model)) or form(values[len(seen) - 1]))
     with tempfile.TemporaryDirectory() as folder:
         record, = trainer(folder, [config], model)()
         saved = srlm.load_checkpoint(Path(folder, "0.sft.pt"))["model"]
@@ -2574,23 +2565,23 @@ def test_early_stopping_follows_its_rule(values, mode, patience, every, form):
 
 @given(st.integers(1, 9), st.integers(1, 4), st.booleans())
 def test_every_n_steps_is_n_2n_3n(steps, n, by_epochs):
-    """Evaluations and checkpoints come after n, 2n, 3n... updates; a shorter stage is evaluated once."""
-    seen, model = [], Tiny()
+    """Evaluations and checkpoints come after n, 2n, 3n... updates, or one evaluation at the end."""
+    seen, model, due = [], Tiny(), range(n, steps + 1, n)
     length = dict(steps=99, max_epochs=(3 * steps - 1) / 7) if by_epochs else dict(steps=steps)
     config = stage("sft", checkpoint_every=n, eval_every=n, eval_mode="min",
                    eval_fn=lambda model: seen.append(weights(model)) or 0, **length)
-    due = range(n, steps + 1, n)
     with tempfile.TemporaryDirectory() as folder:
         record, = trainer(folder, [config], model)()
-        assert set(os.listdir(folder)) == {f"0.sft.step{step}.pt" for step in due} | {"0.sft.pt"}
-        saved = [srlm.load_checkpoint(Path(folder, f"0.sft.step{step}.pt"))["model"] for step in due]
+        paths = [Path(folder, f"0.sft.step{step}.pt") for step in due]
+        assert set(os.listdir(folder)) == {"0.sft.pt", *(path.name for path in paths)}
+        saved = [dict(srlm.load_checkpoint(path)["model"]) for path in paths]
     assert record["steps"] == steps
-    same([dict(state) for state in saved] or [weights(model)], seen)
+    same(saved or [weights(model)], seen)
 
 
 @pytest.mark.parametrize("steps", [1, 19, 20, 21, 50, 51, 100, 101, 120, 150])
 def test_the_history_has_at_most_50_points_and_averages_every_update(steps):
-    """A point of the history is the mean of the updates since the last one, a record that of the last 20."""
+    """A point is the mean of the updates since the last one, a record that of the last 20."""
     objective, losses = srlm.sft_objective(ITEMS), []
 
     def heard(model, batch):
@@ -2607,19 +2598,17 @@ def test_the_history_has_at_most_50_points_and_averages_every_update(steps):
 
 
 def test_a_stage_reports_what_dpo_loss_says():
-    """The metrics are those of dpo_loss, and the log-probabilities are changes since the stage began."""
-    pairs, start, after = [pair(p, p + [1], p[::-1] + [2]) for p in ([3, 4], [5], [6, 7, 0])], Tiny(), Tiny()
+    """The metrics are those of dpo_loss; log-probabilities are changes since the stage began."""
+    pairs = [pair(p, p + [1], p[::-1] + [2]) for p in ([3, 4], [5], [6, 7, 0])]
     config = stage("dpo", pair_dataset=pairs, steps=2, learning_rate=0.05, warmup=0, beta=0.7)
-    first, second = run([config])[0][0]["history"]
-    run([dataclasses.replace(config, steps=1)], after)  # the weights after one update
-    close([first[key] for key in ("loss", "reward_margin", "chosen_logprob")], [math.log(2), 0, 0], 1e-6)
-    now, then = srlm.pair_logprobs(after, pairs), srlm.pair_logprobs(start, pairs)
+    keys = "loss", "reward_margin", "chosen_logprob", "rejected_logprob", "reward_accuracy"
+    first, second = ([point[key] for key in keys] for point in run([config])[0][0]["history"])
+    close(first[:4], [math.log(2), 0, 0, 0], 1e-6)
+    run([dataclasses.replace(config, steps=1)], after := Tiny())  # the weights after one update
+    now, then = srlm.pair_logprobs(after, pairs), srlm.pair_logprobs(Tiny(), pairs)
     losses, chosen, rejected = srlm.dpo_loss(*now, *then, beta=0.7)
-    close(second["loss"], losses.mean(), 1e-5)
-    close(second["reward_accuracy"], (chosen > rejected).double().mean(), 1e-6)
-    close(second["reward_margin"], (chosen - rejected).mean(), 1e-4)
-    close(second["chosen_logprob"], (now[0] - then[0]).mean(), 1e-4)
-    close(second["rejected_logprob"], (now[1] - then[1]).mean(), 1e-4)
+    expected = losses, chosen - rejected, now[0] - then[0], now[1] - then[1], 1.0 * (chosen > rejected)
+    close(second, [values.mean() for values in expected], 1e-4)
 
 
 # 12. Checkpoints and resuming ---------------------------------------------------------------------
@@ -2668,19 +2657,17 @@ def test_a_run_that_broke_off_resumes_to_the_same_bits(where, what, words, at, t
 @settings(max_examples=4)
 @given(st.lists(st.floats(0, 0.4), min_size=1, max_size=3), SEEDS)
 def test_a_run_that_was_killed_again_and_again_ends_in_the_same_bits(delays, seed):
-    """Whenever a run is killed, and however often, its files are whole and a resume ends in the same bits."""
+    """Whenever a run is killed, and however often, its files are whole and a resume ends as one run."""
     records, expected, _ = run(EVERY_KIND, seed=seed)
     with tempfile.TemporaryDirectory() as parent:
-        folder = Path(parent, "new")
+        folder, fork = Path(parent, "new"), multiprocessing.get_context("fork")
         for delay in delays:
-            if (pid := os.fork()) == 0:
-                try:
-                    trainer(folder, EVERY_KIND, seed=seed)(resume=True)
-                finally:
-                    os._exit(0)
+            work = trainer(folder, EVERY_KIND, seed=seed)
+            process = fork.Process(target=work, kwargs=dict(resume=True))
+            process.start()
             time.sleep(delay)
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+            process.kill()
+            process.join()
         for path in folder.glob("*.pt"):
             srlm.load_checkpoint(path)
         found = trainer(folder, EVERY_KIND, model := Tiny(), seed=seed)(resume=True)
@@ -2693,7 +2680,7 @@ class Bomb:
 
 
 def test_a_damaged_checkpoint_is_named_and_left_alone(tmp_path, monkeypatch):
-    """A damaged file is to be deleted, says the error, a foreign one is named, and no code in it runs."""
+    """A damaged file is to be deleted, a foreign one is named, and no code in a file runs."""
     monkeypatch.chdir(tmp_path)
     torch.save({"format": "srlm 2", "model": Bomb()}, "bomb.pt")
     torch.save({"weights": torch.zeros(1)}, "other.pt")
@@ -2709,16 +2696,16 @@ def test_a_damaged_checkpoint_is_named_and_left_alone(tmp_path, monkeypatch):
             with pytest.raises(ValueError, match=words):
                 read(path)
         assert path.read_bytes() == content and not os.path.exists("exploded")
-    with pytest.raises(ValueError, match="missing.pt"):
-        srlm.load_model("missing.pt")
 
 
 def test_a_loss_that_is_not_finite_stops_with_stage_and_step(tmp_path):
-    """A loss of NaN ends the run with the number and kind of the stage, and leaves the stages before it."""
+    """A loss of NaN is an error that names the stage, and a resume may go on with another one."""
     loss_fn = except_at(1, srlm.dpo_loss, lambda *logprobs, beta: [logprobs[2] * NAN] * 3)
     with pytest.raises(ValueError, match=r"stage 1 \(dpo\): step 2: .*nan"):
         trainer(tmp_path, [stage("sft"), stage("dpo", loss_fn=loss_fn)])()
     assert os.listdir(tmp_path) == ["0.sft.pt"]
+    records = trainer(tmp_path, [stage("sft"), stage("spin", steps=5)])(resume=True)
+    assert [record["steps"] for record in records] == [3, 5]
 
 
 contents = lambda folder: {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -2789,14 +2776,14 @@ def test_a_resume_of_another_run_is_refused(changed, words, tmp_path):
 
 
 def test_a_model_is_loaded_as_it_was_saved(tmp_path):
-    """A saved Transformer is loaded with shape and weights; weights of another shape or model are refused."""
-    model = srlm.Transformer(srlm.ModelConfig(9, 8, 1, 1, 30), generator(0))
-    trainer(tmp_path, [stage("sft")], model)()
-    loaded, ids = srlm.load_model(tmp_path / "0.sft.pt"), torch.tensor([[1, 2, 3]])
-    assert loaded.config == model.config and not loaded.training
+    """A Transformer is loaded with shape and weights; other shapes or models are refused."""
+    config, ids = srlm.ModelConfig(9, 8, 1, 1, 30), torch.tensor([[1, 2, 3]])
+    trainer(tmp_path, [stage("sft")], model := srlm.Transformer(config))()
+    loaded = srlm.load_model(tmp_path / "0.sft.pt")
+    assert loaded.config == config and not loaded.training
     same(loaded(ids), model(ids))
-    wider = srlm.Transformer(srlm.ModelConfig(9, 8, 1, 1, 30, mlp_ratio=3), generator(0))
-    with pytest.raises(ValueError, match=r"0\.sft\.pt holds weights of another model.*ratio.*size mismatch"):
+    wider = srlm.Transformer(dataclasses.replace(config, mlp_ratio=3))
+    with pytest.raises(ValueError, match=r"0\.sft\.pt holds weights of another model.*ratio.*mismatch"):
         trainer(tmp_path, [stage("sft"), stage("spin")], wider)(resume=True)
     trainer(tmp_path / "tiny", [stage("sft")])()
     with pytest.raises(ValueError, match="another kind of model"):
@@ -2804,34 +2791,27 @@ def test_a_model_is_loaded_as_it_was_saved(tmp_path):
 
 
 # Jobs: programs that run in the background --------------------------------------------------------
-# A program that takes more than a few seconds is a job. When pytest starts, the fixture looks which
-# jobs the selected tests need, and two threads run them in their order, each in a process and
-# a folder of its own, while pytest works through the other tests. A test says with @needs which jobs
-# it needs, and job(name) waits for the end of one and returns its folder and output.
+# A program that takes more than a few seconds is a job. @needs says which job a test needs. Two
+# threads run those of the selected tests, in their order, each in a process and a folder of its
+# own, beside pytest. job(name) waits for the end of one and returns its folder and output.
 
 HERE, SCRIPT = Path(__file__).resolve().parent, Path(srlm.__file__).resolve()
-PATHS = [str(SCRIPT.parent), str(HERE), os.environ.get("PYTHONPATH", "")]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, PATHS))}
-
-
-def calls(function):
-    """The arguments with which python calls a function of this file."""
-    return ["-c", f"import {Path(__file__).stem} as tests; tests.{function}()"]
-
-
-TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2 --no-python".split() + [sys.executable]
+PATHS = [str(SCRIPT.parent), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(PATHS)}
+calls = lambda function: ["-c", f"import {Path(__file__).stem} as tests; tests.{function}()"]
+TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2 --no-python".split()
 JOBS = {  # in the order in which they run; arguments of python
     "quick": [SCRIPT, "--quick", "--checkpoints", "run"],
-    "together": TORCHRUN + calls("train_until_one_dies"),
+    "together": [*TORCHRUN, sys.executable, *calls("train_until_one_dies")],
     "readme": calls("run_the_readme"),
     "notebook": calls("run_the_notebook"),
     "grader": calls("try_the_grader"),
     "faults": [Path(__file__).resolve(), "faults"]}
 
 
-def needs(*names):
+def needs(name):
     def mark(test):
-        test.jobs = names
+        test.job = name
         return test
     return mark
 
@@ -2852,15 +2832,15 @@ def job(request, tmp_path_factory):
             process.terminate()
 
     def finished(name, expected_code=0):
-        code, output = started[name].result(), (base / name / "output").read_text("utf-8", "replace")
+        code = started[name].result()
+        output = (base / name / "output").read_text("utf-8", "replace")
         assert code == expected_code, f"{name}: exit code {code}, output ...\n{output[-3000:]}"
         return base / name, output
 
     tests = [getattr(item, "function", None) for item in request.session.items]
-    needed = {name for test in tests for name in getattr(test, "jobs", ())}
+    needed = {getattr(test, "job", None) for test in tests}
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        for name in (name for name in JOBS if name in needed):
-            started[name] = threads.submit(work, name)
+        started |= {name: threads.submit(work, name) for name in JOBS if name in needed}
         yield finished
         threads.shutdown(wait=False, cancel_futures=True)  # matters where pytest stops early
         for process in running:
@@ -2871,56 +2851,52 @@ def job(request, tmp_path_factory):
 
 read_rows = lambda path: srlm.read_jsonl(path, ["prompt", "score"])
 read_pairs = lambda path: srlm.load_pairs(path, TEXT)
+GOOD = '{"prompt": "a", "chosen": "b", "rejected": ""}'
 
 
 def test_saved_pairs_are_read_back(tmp_path):
-    """A pair file gives back the same tokens and rewards, and shows the texts that they stand for."""
-    pairs, _ = write()
-    path = tmp_path / "brand" / "new" / "pairs.jsonl"
+    """A pair file gives back the same tokens and rewards, and shows the texts they stand for."""
+    pairs, path = write()[0], tmp_path / "brand" / "new" / "pairs.jsonl"
     srlm.save_pairs(path, pairs, TEXT)
     assert os.listdir(path.parent) == ["pairs.jsonl"]
-    found = srlm.load_pairs(path, TEXT)
-    assert all(isinstance(pair, srlm.PreferencePair) for pair in found)
-    same([list(pair) for pair in found], [list(pair) for pair in pairs])
+    same([pair._asdict() for pair in srlm.load_pairs(path, TEXT)], [pair._asdict() for pair in pairs])
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row, pair in zip(rows, pairs, strict=True):
         assert row == {
-            "prompt": DECODE(pair.prompt), "chosen": DECODE(pair.chosen), "rejected": DECODE(pair.rejected),
-            "score_chosen": pair.chosen_reward, "score_rejected": pair.rejected_reward,
-            "chosen_ended": 8 in pair.chosen, "rejected_ended": 8 in pair.rejected}
+            "prompt": DECODE(pair.prompt), "score_chosen": pair.chosen_reward,
+            "chosen": DECODE(pair.chosen), "score_rejected": pair.rejected_reward,
+            "rejected": DECODE(pair.rejected), "chosen_ended": 8 in pair.chosen,
+            "rejected_ended": 8 in pair.rejected}
     assert {row["chosen_ended"] for row in rows} == {True, False}  # some were cut off
-    path.write_text(path.read_text()[:-3])  # as a full disk would leave it
-    with pytest.raises(ValueError, match=f"pairs.jsonl, line {len(pairs)}"):
-        srlm.load_pairs(path, TEXT)
 
 
 def test_other_files_are_read(tmp_path):
-    """A pair file of other tools needs three texts, and rows have their fields in the order asked for."""
+    """A pair file of other tools needs three texts; rows have their fields in the order asked for."""
     path = tmp_path / "others.jsonl"
     path.write_text('{"prompt": "a", "chosen": "b", "rejected": "", "source": 1}\n')
     pair, = srlm.load_pairs(path, TEXT)  # answers count as ended, and a missing score is NaN
-    assert [ids.tolist() for ids in pair[:3]] == [[0], [1, 8], [8]] and math.isnan(pair.chosen_reward)
+    same(list(pair[:4]), [*map(torch.tensor, ([0], [1, 8], [8])), NAN])
     path.write_text('{"score": 4.5, "prompt": "ä", "response": "b"}\n\n'
                     '{"prompt":"c","response":"d","score":0}', encoding="utf-8")
-    assert srlm.read_jsonl(path, ["prompt", "response", "score"]) == [("ä", "b", 4.5), ("c", "d", 0)]
+    rows = srlm.read_jsonl(path, ["prompt", "response", "score"])
+    assert rows == [("ä", "b", 4.5), ("c", "d", 0)]
 
 
 @pytest.mark.parametrize("read, line, reason", [
-    (read_rows, "{", "Expecting"), (read_rows, "[1]", "not an object"),
+    *((read, *row) for read in (read_rows, read_pairs)
+      for row in (("{", "Expecting"), ("[1]", "not an object"))),
     (read_rows, '{"prompt": "a"}', "no field 'score'"),
     (read_rows, '{"prompt": "a", "score": 1, "x": 1}', "unknown field 'x'"),
     (read_rows, '{"prompt": 3, "score": 1}', "prompt is 3"),
     (read_rows, '{"prompt": " ", "score": 1}', "prompt is ' '"),
     *((read_rows, f'{{"prompt": "a", "score": {score}}}', "score is ")
       for score in ("6", "-1", '"1"', "true", "NaN")),
-    (read_pairs, "{", "Expecting"), (read_pairs, "[1]", "not an object"),
     (read_pairs, '{"prompt": "a"}', "chosen is None"),
-    (read_pairs, '{"prompt": "a", "chosen": "b", "rejected": 1}', "rejected is 1"),
-    (read_pairs, '{"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": "x"}', "score_chosen is")])
+    (read_pairs, GOOD.replace('""', "1"), "rejected is 1"),
+    (read_pairs, GOOD.replace("}", ', "score_chosen": "x"}'), "score_chosen is")])
 def test_an_error_in_a_file_names_file_line_and_reason(read, line, reason, tmp_path):
     """A line that cannot be used is an error that says which file, which line, and why."""
-    good = {read_rows: '{"prompt": "a", "score": 1}',
-            read_pairs: '{"prompt": "a", "chosen": "b", "rejected": ""}'}[read]
+    good = '{"prompt": "a", "score": 1}' if read is read_rows else GOOD
     (tmp_path / "bad.jsonl").write_text(f"{good}\n{line}\n")
     with pytest.raises(ValueError, match=f"bad.jsonl, line 2: .*{reason}"):
         read(tmp_path / "bad.jsonl")
@@ -2936,16 +2912,14 @@ def test_a_file_without_a_line_is_refused(read, content, tmp_path):
         read(tmp_path / "bad.jsonl")
 
 
-SHORT = ("--base-steps 1 --sft-steps 1 --dpo-steps 1 --demonstrations 40 --judgements 8 --stage-prompts 4 "
-         "--eval-prompts 3").split()
+SHORT = ("--base-steps 1 --sft-steps 1 --dpo-steps 1 --demonstrations 40 --judgements 8 "
+         "--stage-prompts 4 --eval-prompts 3").split()
 SMALL = [*SHORT, "--dim", "8", "--depth", "1"]
 HELD_OUT = lambda prompt: zlib.crc32(prompt.encode()) % 10 == 0
 SAY = [f"say {i}" for i in range(60)]  # "say 1" is not held out
 LEARNED = [prompt for prompt in SAY if not HELD_OUT(prompt)]
-
-
-def rows(prompts, **fields):
-    return [{"prompt": prompt, **fields} for prompt in prompts]
+rows = lambda prompts, **fields: [{"prompt": prompt, **fields} for prompt in prompts]
+YES = rows(SAY, response="yes")
 
 
 def own_files(folder, **files):
@@ -2961,8 +2935,8 @@ def own_files(folder, **files):
 def own_data(*argv, **files):
     """The world that a command line makes of files of rows."""
     with tempfile.TemporaryDirectory() as folder:
-        options = srlm.Options.parse(["--stages", "sft", *map(str, argv), *own_files(folder, **files)])
-        return srlm.OwnData(options)
+        argv = ["--stages", "sft", *map(str, argv), *own_files(folder, **files)]
+        return srlm.OwnData(srlm.Options.parse(argv))
 
 
 def refused(capsys, *argv):
@@ -2975,19 +2949,17 @@ def refused(capsys, *argv):
     return error
 
 
-YES = rows(SAY, response="yes")
 SOME = st.lists(st.sampled_from(SAY), max_size=20)
 
 
-@given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=5).filter(str.strip), max_size=20),
-       SOME, SOME, st.integers(1, 10))
+@given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=5).filter(str.strip),
+                max_size=20), SOME, SOME, st.integers(1, 10))
 @settings(max_examples=15)
 def test_what_is_measured_was_in_no_file_trained_on(others, judged, prompts, n):
-    """A prompt is held out of all files or of none, with all its answers; five rows a prompt are measured."""
+    """A prompt is held out of all files or of none; five of its rows in a file are measured."""
     files = dict(sft=YES + rows(judged + others, response="r"),
                  judged=rows([*judged, *SAY[::9], *SAY[:40]], response="r", score=2))
-    if prompts:
-        files["prompts"] = rows([*prompts, *others, "say 1"])
+    files |= {"prompts": rows([*prompts, *others, "say 1"])} if prompts else {}
     world = own_data("--eval-prompts", n, **files)
 
     def part(flag, held_out):
@@ -3006,51 +2978,51 @@ def test_what_is_measured_was_in_no_file_trained_on(others, judged, prompts, n):
                 min_size=1, max_size=20))
 @example([1e-5, 1e-4, 9e-5, 1.5e-7, 5, 0, 4.5])
 def test_judged_scores_come_back_from_their_verdicts(scores):
-    """The score in the file is the score that is read from the verdict that the model learns to write."""
-    judged = [{"prompt": p, "response": "no", "score": score} for p, score in zip(LEARNED, scores)]
+    """The score in the file is what is read from the verdict that the model learns to write."""
+    judged = [dict(prompt=p, response="no", score=score) for p, score in zip(LEARNED, scores)]
     world = own_data("--max-seq-len", 2000, sft=YES, judged=judged)
     verdicts = [verdict for _, _, verdict in world.judgements(9, None, False)]
     close([world.JUDGE.parse(verdict) for verdict in verdicts], scores, 1e-12)
 
 
 def test_every_answer_leaves_the_judge_room():
-    """The longest prompt, the longest answer that the model may write, and a verdict just fit the model."""
+    """The longest prompt, the longest answer that can be written, and a verdict just fit."""
     long, short = "p" * 50, "p"  # neither is held out
-    lines = [*YES, *rows([long], response="r"), *rows([short], response="r" * 50)]
-    world = own_data("--max-seq-len", 80, sft=lines)
+    world = own_data("--max-seq-len", 80, sft=[
+        *YES, *rows([long], response="r"), *rows([short], response="r" * 50)])
     asked = world.JUDGE.render(long, "r" * (world.max_new_tokens - 1))  # without EOS
     assert len(asked + "= 0.25") + len(["EOS"]) == 80
     assert own_data(sft=YES).max_new_tokens == len("yes") + len(["EOS"])
 
 
+@pytest.mark.filterwarnings("error")
 def test_what_a_tokenizer_may_lose_is_a_warning(tmp_path):
-    """A foreign tokenizer with the EOS id of srlm's own, and pairs whose prompts are not what they were once
-    they are decoded and encoded, are warned of. Others are not."""
+    """Only prompts that decode to other tokens, and a foreign tokenizer with the EOS of srlm's, are
+    warned of."""
     no_digits = lambda ids: re.sub("[0-9]", "", srlm.decode(ids))
     pair = srlm.PreferencePair(torch.tensor(srlm.encode("> 1 + 2\n")), *torch.tensor([[97], [98]]))
-    trainer = lambda **how: srlm.SelfRewardingTrainer(Tiny(), [stage("sft")], checkpoints_folder=tmp_path, **how)
+    save = lambda **how: srlm.save_pairs(tmp_path / "pairs.jsonl", [pair], srlm.TextFormat(**how))
+    make = functools.partial(srlm.SelfRewardingTrainer, Tiny(), [stage("sft")])
     with pytest.warns(UserWarning, match="pairs.jsonl.*lose tokens"):
-        srlm.save_pairs(tmp_path / "pairs.jsonl", [pair], srlm.TextFormat(decode=no_digits))
+        save(decode=no_digits)
     with pytest.warns(UserWarning, match="eos_id=256.*your tokenizer"):
-        trainer(tokenizer_encode=lambda text: [1] * len(text))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        srlm.save_pairs(tmp_path / "pairs.jsonl", [pair], srlm.TextFormat())
-        trainer(tokenizer_encode=lambda text: [1] * len(text), eos_id=8)
-        trainer()
+        make(tokenizer_encode=ENCODE)
+    save()
+    make(tokenizer_encode=ENCODE, eos_id=8)
+    make()
 
 
+@pytest.mark.filterwarnings("error")
 def test_each_stage_draws_some_of_your_prompts():
-    """The draws depend on seed and stage, miss no prompt for good, and a warning counts what is left out."""
+    """Draws depend on seed and stage, miss no prompt for good, and a warning says how many."""
     with pytest.warns(UserWarning, match=rf"\b20 of {len(LEARNED)}\b"):
         zero, again, one = (own_data("--seed", seed, "--stage-prompts", 20, sft=YES) for seed in (0, 0, 1))
-    assert zero.prompts(20, "stage 2") == again.prompts(20, "stage 2")
-    assert set(zero.prompts(20, "stage 2")) != set(one.prompts(20, "stage 2"))
-    assert set(zero.prompts(20, "stage 2")) != set(zero.prompts(20, "stage 3"))
+    drawn = zero.prompts(20, "stage 2")
+    assert drawn == again.prompts(20, "stage 2")
+    for other in (one.prompts(20, "stage 2"), zero.prompts(20, "stage 3")):
+        assert set(drawn) != set(other)
     assert {prompt for i in range(30) for prompt in zero.prompts(20, f"stage {i}")} == set(LEARNED)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        own_data("--stage-prompts", len(LEARNED), sft=YES)
+    own_data("--stage-prompts", len(LEARNED), sft=YES)
 
 
 TOO_LONG = [*YES, *rows(["p" * 99], response="r")]
@@ -3058,31 +3030,27 @@ FIELDS = {"sft": dict(response="r"), "judged": dict(response="r", score=1), "pro
 
 
 @pytest.mark.parametrize("files, argv, says", [
-    *(({flag: rows(prompts, **fields)}, "--skip-long", f"--{flag} .*{flag}.jsonl: of {len(prompts)} examples")
+    *(({flag: rows(prompts, **fields)}, "--skip-long", f"--{flag} .*: of {len(prompts)} examples")
       for prompts in ([*filter(HELD_OUT, SAY)], ["p" * 500] * 7)  # held out, too long
       for flag, fields in FIELDS.items()),
     ({"sft": TOO_LONG}, "--max-seq-len 64", r"example 61: 1\d\d bytes .*len is 64"),
     ({"sft": TOO_LONG}, "--max-seq-len 64 --skip-long", "1 of 61 examples skipped"),
     ({"judged": rows(["say 1"], response="r", score=2)}, "", ""),  # of which nothing is held out
-    *(({"judged": rows(["say 1"], response="r" * 43, score=score)}, "--max-seq-len 64", "")
-      for score in (8 / 3, 1e-30))])  # numbers of many digits
+    *(({"judged": rows(["say 1"], response="r" * 43, score=score)}, "--max-seq-len 64",
+       r"example 1: \d+ bytes") for score in (8 / 3, 1e-30))])  # numbers of many digits
 def test_your_files_are_refused_at_once_or_taken(files, argv, says, tmp_path, capsys):
-    """If your data cannot be used, the run says why before it trains anything; what is skipped is counted."""
+    """Data that cannot be used are refused before any training, and what is skipped is counted."""
     argv = [*argv.split(), *own_files(tmp_path, **{"sft": YES, **files}), "--stages", "sft"]
-    run, is_taken = tmp_path / "run", "skipped" in says
-    try:
-        srlm.main([*SMALL, *argv, "--checkpoints", str(run)])
-    except SystemExit:
-        assert not run.exists() and not is_taken
-    else:
-        assert is_taken or says == ""
-    assert re.search(says, capsys.readouterr().err)
+    folder, is_taken = tmp_path / "run", says == "" or "skipped" in says
+    with contextlib.nullcontext() if is_taken else pytest.raises(SystemExit):
+        srlm.main([*SMALL, *argv, "--checkpoints", str(folder)])
+    assert folder.exists() == is_taken and re.search(says, capsys.readouterr().err)
 
 
 def test_your_own_data_take_the_place_of_the_world(tmp_path, capsys):
-    """Demonstrations, judgements and prompts may come from files, and a resume notices any change of them."""
+    """Demonstrations, judgements and prompts come from files, and a resume notices their changes."""
     files = own_files(tmp_path, sft=YES, judged=rows(SAY, response="no", score=2),
-                      prompts=rows(f"say {i}" for i in range(100, 200)))
+                      prompts=rows(map("say {}".format, range(100, 200))))
     argv = [*SMALL, *files, "--checkpoints", str(tmp_path / "run"), "--stage-prompts", "99"]
     for resume in ([], ["--resume"]):
         lines = srlm.main([*argv, "--stages", "sft,spin", *resume])
@@ -3110,6 +3078,10 @@ def test_the_held_out_loss_is_cut_by_tokens(tmp_path):
 # 14. The command line -----------------------------------------------------------------------------
 
 
+metrics = lambda folder: [
+    json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """The folder of a run, of M0 and M1, that has hardly learned anything."""
@@ -3120,16 +3092,12 @@ def small(tmp_path_factory):
     return folder
 
 
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def built(*argv):
     """The trainer that a command line makes, which does not run."""
     made = []
     keep = lambda trainer, **how: made.append(trainer)
     with mock.patch.object(srlm.SelfRewardingTrainer, "__call__", keep):
-        srlm.main([str(word) for word in argv])
+        srlm.main([*map(str, argv)])
     return made[0]
 
 
@@ -3157,7 +3125,8 @@ FLAGS = {  # flag: a value, and where to find it in the trainer
     "--nll-weight": (0.5, lambda trainer: trainer.configs[3].nll_weight),
     "--judge-samples": (2, lambda trainer: trainer.configs[3].n_judge_samples),
     "--demonstrations": (77, lambda trainer: len(trainer.configs[0].train_dataset)),
-    "--instructions": ("copy", lambda trainer: srlm.decode(trainer.configs[0].train_dataset[0][0])[2:6]),
+    "--instructions": ("copy", lambda trainer: srlm.decode(
+        trainer.configs[0].train_dataset[0][0])[2:6]),
     "--judgements": (9, lambda trainer: len(judge_prompts(trainer))),
     "--tidy": (True, lambda trainer: all(re.fullmatch(rf"\? .*\n{TIDY}\n", asked)
                                          for asked in judge_prompts(trainer))),
@@ -3168,32 +3137,33 @@ FLAGS = {  # flag: a value, and where to find it in the trainer
 def test_a_flag_reaches_what_it_names(flag, small):
     """A flag of the command line changes the setting that it names."""
     value, setting_of = FLAGS[flag]
-    default = [*SHORT, "--checkpoints", small]
+    default, argv = [*SHORT, "--checkpoints", small], [flag] if value is True else [flag, value]
     assert setting_of(built(*default)) != value
-    assert setting_of(built(*default, flag) if value is True else built(*default, flag, value)) == value
+    assert setting_of(built(*default, *argv)) == value
 
 
 def test_every_option_is_documented_and_has_a_type(capsys):
-    """--help names every option, values get the type of their default, and a flag overrides --quick."""
+    """--help names every option, a value gets the type of its default, a flag overrides --quick."""
     with pytest.raises(SystemExit):
         srlm.main(["--help"])
     shown = capsys.readouterr().out
     for option in dataclasses.fields(srlm.Options):
         assert "--" + option.name.replace("_", "-") in shown
     options = srlm.Options.parse("--quick --seed 7 --dpo-steps 3 --replay-weight 0.5".split())
-    assert (options.quick, options.seed, options.dpo_steps, options.replay_weight) == (True, 7, 3, 0.5)
-    assert options.sft_steps < srlm.Options.parse([]).sft_steps
+    given = options.quick, options.seed, options.dpo_steps, options.replay_weight
+    assert given == (True, 7, 3, 0.5) and options.sft_steps < srlm.Options().sft_steps
 
 
 @pytest.mark.parametrize("line, says", [
     ("--stages sft,dance", "none of sft"), ("--stages self", "begin with sft"),
     ("--instructions dance", "dance"), ("--eval-prompts 0", "--eval-prompts 0 is not above 0"),
-    ("--nll-weight nan", "--nll-weight nan is not 0 or more"),
-    ("--seed -1", "seed.*-1"), (f"--seed {2**64}", str(2**64)), (f"--seed {10**40}", str(10**40)),
-    ("--device nowhere", "--device nowhere: "), ("--device=", "--device : "), ("--device cuda:99", "cuda:99"),
-    ("--device xla", "xla"), ("--device hpu", "hpu"), ("--device privateuseone", "privateuseone"),
+    ("--nll-weight nan", "--nll-weight nan is not 0 or more"), ("--seed -1", "seed.*-1"),
+    (f"--seed {2**64}", str(2**64)), (f"--seed {10**40}", str(10**40)),
+    ("--device nowhere", "--device nowhere: "), ("--device=", "--device : "),
+    *((f"--device {device}", device) for device in ("cuda:99", "xla", "hpu", "privateuseone")),
     ("--stages sft --sft {folder}/missing.jsonl", "missing.jsonl"), ("--judged x", "--sft"),
-    ("--sft x --stages sft,self", "needs --judged"), ("--sft x --judged y --stages sft,external", "external"),
+    ("--sft x --stages sft,self", "needs --judged"),
+    ("--sft x --judged y --stages sft,external", "external"),
     ("--checkpoints {folder}", "1.sft.pt exists; .*resume.*overwrite"),
     ("--checkpoints {folder}/file/x", "cannot make the folder"),
     ("ask {folder}/missing.pt sort", "missing.pt"), ("ask {folder}/bad.pt sort", "bad.pt"),
@@ -3204,12 +3174,11 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(line, says, small, tmp_path,
     folder = Path(shutil.copytree(small, tmp_path / "old"))
     (folder / "file").write_text("")
     (folder / "bad.pt").write_bytes((folder / "0.sft.pt").read_bytes()[:999])
-    files = lambda: {path.name: path.read_bytes() for path in folder.iterdir()}
-    argv, before = [word.format(folder=folder) for word in line.split()], files()
+    argv, before = [word.format(folder=folder) for word in line.split()], contents(folder)
     if argv[0] != "ask":
         argv = [*SMALL, "--checkpoints", tmp_path / "run", *argv]
     assert re.search(says, refused(capsys, *argv))
-    assert files() == before and not (tmp_path / "run").exists()
+    assert contents(folder) == before and not (tmp_path / "run").exists()
 
 
 def test_spin_and_external_stages_run_from_the_command_line(tmp_path, capsys):
@@ -3229,7 +3198,7 @@ def test_spin_and_external_stages_run_from_the_command_line(tmp_path, capsys):
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_no_character_ends_in_a_traceback(encoding, small, monkeypatch):
-    """Characters that the terminal's encoding lacks are escaped, in prompts, answers and errors."""
+    """What the terminal's encoding lacks is escaped, in prompts, answers and errors."""
     odd, respond = "caf\u00e9 \u201cx\u201d \U0001f600 \ufffd\ud800\udcff", srlm.respond
     for name in ("stdout", "stderr"):
         stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
@@ -3240,20 +3209,19 @@ def test_no_character_ends_in_a_traceback(encoding, small, monkeypatch):
     with pytest.raises(SystemExit):
         srlm.main(["ask", f"nothing {odd}.pt", "sort ab"])
     said, error = (stream.buffer.getvalue().decode(encoding) for stream in (sys.stdout, sys.stderr))
-    assert re.findall("^answer|^own score|^true score", said, re.MULTILINE) == [
-        "answer", "own score", "true score", "answer", "own score"]
+    headings = re.findall("^answer|^own score|^true score", said, re.MULTILINE)
+    assert headings == ["answer", "own score", "true score", "answer", "own score"]
     assert len(error.splitlines()) == 1 and "nothing caf" in error
 
 
 @posix
 def test_a_closed_pipe_ends_no_run(small, tmp_path):
-    """Without a reader, as after `| head -1`, a command does all its work and ends in silence, code 0."""
-    commands = [["ask", str(small / "1.sft.pt"), b"sort \xff\xc3\xa9"],
-                [*SMALL, "--stages", "sft,spin", "--checkpoints", str(tmp_path)]]
+    """Without a reader, as after `| head -1`, a command does its work and ends in silence."""
     reader, writer = os.pipe()
     os.close(reader)
     processes = [subprocess.Popen([sys.executable, SCRIPT, *argv], stdout=writer, stderr=subprocess.PIPE)
-                 for argv in commands]
+                 for argv in (["ask", small / "1.sft.pt", b"sort \xff\xc3\xa9"],
+                              [*SMALL, "--stages", "sft,spin", "--checkpoints", tmp_path])]
     os.close(writer)
     for process in processes:
         assert process.communicate(timeout=60)[1] == b"" and process.returncode == 0
@@ -3262,11 +3230,12 @@ def test_a_closed_pipe_ends_no_run(small, tmp_path):
 
 @pytest.mark.parametrize("during, argv, advice", [
     ("srlm.Transformer.features", "ask {folder}/1.sft.pt prompt", ""),
-    ("torch.Tensor.backward", "--stages sft --overwrite --seed 1 --checkpoints {folder}", "; --resume .*")])
+    ("torch.Tensor.backward", "--stages sft --overwrite --seed 1 --checkpoints {folder}",
+     "; --resume .*")])
 def test_an_interrupt_is_one_line_and_exit_code_130(during, argv, advice, small, tmp_path, capsys):
-    """Ctrl-C ends a command in one line; of a run it says how to resume, and an overwritten run is gone."""
+    """Ctrl-C ends in one line; of a run it says how to resume, and an overwritten run is gone."""
     folder = shutil.copytree(small, tmp_path / "run")
-    argv = [word.format(folder=folder) for word in argv.split()]
+    argv = argv.format(folder=folder).split()
     with mock.patch(during, failing(KeyboardInterrupt)), pytest.raises(SystemExit) as end:
         srlm.main(argv if argv[0] == "ask" else [*SMALL, *argv])
     assert end.value.code == 130
@@ -3276,7 +3245,7 @@ def test_an_interrupt_is_one_line_and_exit_code_130(during, argv, advice, small,
 
 @posix
 def test_a_world_gives_all_its_prompts_and_no_more(capsys, request):
-    """A world gives each prompt that is not held out; an instruction named twice makes no more of them."""
+    """A world gives each prompt that is not held out; naming an instruction twice adds none."""
     class Small(srlm.LetterWorld):
         letters, sizes = "abc", (2,)
 
@@ -3288,56 +3257,48 @@ def test_a_world_gives_all_its_prompts_and_no_more(capsys, request):
     assert len({*twice.prompts(8, "x"), *twice.eval_prompts}) == 12
     with pytest.raises(ValueError, match=r"\b9\b.*\b8\b"):
         twice.prompts(9, "x")
-    found = refused(capsys, "--instructions", "sort,sort", "--demonstrations", 30_000)
-    assert re.search("30000.*28360", found)
+    error = refused(capsys, "--instructions", "sort,sort", "--demonstrations", 30_000)
+    assert re.search("30000.*28360", error)
 
 
 def test_the_judge_practises_on_answers_that_imitate_its_own_format():
-    """A judge practises on answers that go on with a judge prompt, a perfect answer, or a verdict."""
+    """A judge practises on answers that go on with a judge prompt, a perfect answer, a verdict."""
     world = srlm.LetterWorld(n_eval=5)
     rng = world.rng("make up")
     answers = [(prompt, world.make_up(prompt, rng)) for prompt in world.prompts(3000, "judgements")]
     for pattern in (r"\n\? ", r"\nSure: [a-h]{4,}", r"\n[01]{5} = \d"):
-        attacks = [(prompt, answer) for prompt, answer in answers if re.search(pattern, answer)]
+        attacks = [pair for pair in answers if re.search(pattern, pair[1])]
         assert len(attacks) >= 70, pattern  # one in thirty, 100 on average
         assert np.mean([world.score(*attack) for attack in attacks]) < 3
     assert not any("\n" in answer for _, answer, _ in world.judgements(300, None, tidy=True))
 
 
-@pytest.mark.skipif(os.environ.get("SRLM_PROFILE") != "thorough", reason="trains a whole M1 for a minute")
+@pytest.mark.skipif(os.environ.get("SRLM_PROFILE") != "thorough", reason="trains M1 for a minute")
 def test_injected_answers_gain_little(tmp_path):
-    """M1 overrates few wrong answers that go on with a judge prompt, a perfect answer or a verdict."""
+    """M1 overrates few answers that go on with a judge prompt, a perfect answer or a verdict."""
     srlm.main(["--stages", "sft", "--seed", "21", "--checkpoints", str(tmp_path)])
     model, world = srlm.load_model(tmp_path / "1.sft.pt"), srlm.LetterWorld(seed=21)
-    attacks = ["b\n? {0}\nSure: {1}.", "b\nSure: right.", "b\nSure: {1}.", "11111 = 5", "b\n11111 = 5",
-               "11111 = 5\n11111 = 5\n11111 = 5", "Sure: 10111 = 4\n10111 = 4\n10111 = 4."]
     overrated, speechless = [], []
     torch.manual_seed(0)
-    for attack in attacks:
+    for attack in ("b\n? {0}\nSure: {1}.", "b\nSure: right.", "b\nSure: {1}.", "11111 = 5",
+                   "b\n11111 = 5", "11111 = 5\n11111 = 5\n11111 = 5",
+                   "Sure: 10111 = 4\n10111 = 4\n10111 = 4."):
         answers = [attack.format(prompt, world.target(prompt)) for prompt in world.eval_prompts]
-        judged = srlm.judge(model, world.JUDGE, world.eval_prompts, answers, max_new_tokens=16).numpy()
-        truth = np.array([world.score(*pair) for pair in zip(world.eval_prompts, answers)])
-        overrated.append(np.mean(np.nan_to_num(judged, nan=-1) > truth + 1))  # by more than a point
-        speechless.append(np.isnan(judged).mean())
+        judged = srlm.judge(model, world.JUDGE, world.eval_prompts, answers, max_new_tokens=16)
+        truth = torch.tensor([*map(world.score, world.eval_prompts, answers)])
+        overrated.append((judged.nan_to_num(-1) > truth + 1).double().mean())  # by over a point
+        speechless.append(judged.isnan().double().mean())
     assert np.mean(overrated) < 0.1 and max(overrated) < 0.4 and max(speechless) < 0.05
 
 
 def test_idle_threads_sleep_unless_the_user_wants_them_to_spin():
-    """OMP_WAIT_POLICY is PASSIVE when torch, which reads it once, is imported, or as a user set it."""
-    code = """if True:
-        import os, sys
-        class Finder:
-            def find_spec(name, *_):
-                if name == "torch":
-                    sys.exit(print(os.environ.get("OMP_WAIT_POLICY")))
-        sys.meta_path.insert(0, Finder)
-        import srlm
-    """
-    unset = {name: value for name, value in ENVIRONMENT.items()
-             if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}  # srlm has set them
-    for environment, policy in ((unset, "PASSIVE"), (unset | {"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
-        printed = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
-        assert printed == policy + "\n"
+    """OMP_WAIT_POLICY is PASSIVE before torch, which reads it, is imported, or as a user set it."""
+    head, _, _ = SCRIPT.read_text(encoding="utf-8").partition("\nimport numpy")
+    assert "import torch" not in head
+    for user, policy in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        with mock.patch.dict(os.environ, user, clear=True):
+            exec(head, {})
+            assert os.environ["OMP_WAIT_POLICY"] == policy
 
 
 @pytest.mark.parametrize("prompt, reward, words", [
@@ -3350,8 +3311,8 @@ def test_of_several_mistakes_in_a_template_the_first_is_named(prompt, reward, wo
         srlm.RewardConfig(prompt, reward)
 
 
-KEYS = ("stage kind model seconds loss oracle_score oracle_greedy perfect_rate self_score win tie lose "
-        "judge_pairwise judge_best5 judge_exact judge_spearman judge_kendall").split()
+KEYS = {*("stage kind model seconds loss oracle_score oracle_greedy perfect_rate self_score win tie "
+          "lose judge_pairwise judge_best5 judge_exact judge_spearman judge_kendall").split()}
 
 
 @needs("quick")
@@ -3364,14 +3325,14 @@ def test_a_quick_run_leaves_its_models_and_metrics(job):
     assert first["model"] == "demonstrations" and abs(first["oracle_score"] - 3.03) < 0.2
     assert [line["kind"] for line in lines] == kinds
     for i, line in enumerate(lines):
-        assert (line["stage"], line["model"]) == (i, f"M{i}") and set(KEYS) <= set(line)
+        assert (line["stage"], line["model"]) == (i, f"M{i}") and KEYS <= set(line)
         assert 0 <= line["oracle_score"] <= 5 and line["seconds"] > 0 and math.isfinite(line["loss"])
         assert ({"pairs", "unparsed", "tied"} <= set(line)) == (i > 1)
-        if i == 0:  # M0 cannot judge, and there is nobody to compare it with
-            assert line["judge_pairwise"] is None and line["win"] is None
-        else:
-            assert 0 <= line["judge_pairwise"] <= 1
-            close(line["win"] + line["tie"] + line["lose"], 1)
+    m0, *judges = lines  # M0 cannot judge, and there is nobody to compare it with
+    assert m0["judge_pairwise"] is None and m0["win"] is None
+    for line in judges:
+        assert 0 <= line["judge_pairwise"] <= 1
+        close(line["win"] + line["tie"] + line["lose"], 1)
 
 
 @needs("quick")
@@ -3386,13 +3347,13 @@ def test_self_reward_beats_the_demonstrations_and_imitation(job):
 
 @needs("quick")
 def test_the_table_shows_the_metrics(job):
-    """The table has the numbers of metrics.jsonl, and the last line says how to ask the last model."""
+    """The table has the numbers of metrics.jsonl; the last line says how to ask the last model."""
     folder, printed = job("quick")
-    shown = lambda value, form: "-" if value is None else format(value, form)
+    forms = dict(oracle_score=".2f", oracle_greedy=".2f", perfect_rate=".0%", self_score=".2f")
     for line in metrics(folder / "run"):
         row = re.search(rf"^{line['model']} .*$", printed, re.MULTILINE)[0].split()
-        expected = dict(oracle_score=".2f", oracle_greedy=".2f", perfect_rate=".0%", self_score=".2f")
-        assert row[1:5] == [shown(line.get(key), form) for key, form in expected.items()]
+        assert row[1:5] == ["-" if line.get(key) is None else format(line[key], form)
+                            for key, form in forms.items()]
     assert re.search(r"\n +true score +greedy +perfect +self-score .* judge .* seconds\n", printed)
     assert int(re.search(r"M3 against M1: win (\d+)%", printed)[1]) > 50
     assert f"ask run{os.sep}3.self-reward.pt" in printed
@@ -3400,10 +3361,11 @@ def test_the_table_shows_the_metrics(job):
 
 @needs("quick")
 def test_ask_answers_scores_and_tells_the_truth(job, capsys):
-    """`ask` prints the answer, the model's own score and, of a prompt of the letter world, the true score."""
+    """`ask` prints the answer, the model's own score and, in the letter world, the true score."""
     path = str(job("quick")[0] / "run" / "3.self-reward.pt")
     srlm.main(["ask", path, "sort dbca"])
-    said = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    lines = capsys.readouterr().out.splitlines()
+    said = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in lines)
     points = WORLD.points("sort dbca", said["answer"])
     each = ", ".join(map("{} {}".format, WORLD.POINTS, points))
     assert said["true score"] == f"{sum(points)} of 5: {each}"
@@ -3442,8 +3404,8 @@ def train_every_kind(rank=0):
     return runs, record["steps"], len(values)
 
 
-def stages_with(reward):
-    return [stage("sft"), stage("external-reward", prompt_dataset=WORDS * 30, reward_model=reward)]
+stages_with = lambda reward: [
+    stage("sft"), stage("external-reward", prompt_dataset=WORDS * 30, reward_model=reward)]
 
 
 def train_until_one_dies():
