@@ -1963,11 +1963,13 @@ def moved(before, after):
 
 
 def run(stages, model=None, **how):
-    """All that can be observed of a run: its records, its weights and the names of its files."""
+    """All that can be observed of a run: its records, its weights, and those in its checkpoints."""
     model = Tiny() if model is None else model
     with tempfile.TemporaryDirectory() as folder:
         records = trainer(folder, stages, model, **how)()
-        return timeless(records), weights(model), sorted(os.listdir(folder))
+        saved = {name: dict(srlm.load_checkpoint(Path(folder, name))["model"])
+                 for name in sorted(os.listdir(folder))}
+    return timeless(records), weights(model), saved
 
 
 def refusal(make_stages, **how):
@@ -2042,12 +2044,9 @@ def only(letters):
     return lambda logits: logits.index_fill(-1, others, -math.inf)
 
 
-def nearness(model):
-    """An evaluation: minus the distance of one weight from where it was in Tiny()."""
-    return -float((model.embedding.weight - Tiny().embedding.weight).abs().sum())
-
-
-USUAL = dict(eval_fn=nearness, eval_every=1, replay_dataset=ITEMS[:2])  # so that every field matters
+# An evaluation: minus the distance of one weight from where it was in Tiny().
+nearness = lambda model: -float((model.embedding.weight - Tiny().embedding.weight).abs().sum())
+USUAL = dict(eval_fn=nearness, eval_every=1, replay_dataset=ITEMS[:2])  # so that all fields matter
 UNUSUAL = dict(  # another value of each field
     steps=4, batch_size=2, learning_rate=0.01, warmup=0.9, weight_decay=0.5, max_grad_norm=1e-12,
     max_epochs=0.4, eval_fn=None, eval_every=2, eval_mode="min", patience=1, checkpoint_every=2,
@@ -2069,9 +2068,10 @@ def test_every_field_changes_what_happens(kind, field, tmp_path, monkeypatch):
     """Another value of any one field of a stage shows in the records, the weights or the files."""
     monkeypatch.chdir(tmp_path)  # where the pairs file is written
     assert field in UNUSUAL, "a new field needs an entry in UNUSUAL, and tests of what it does"
-    records, trained, files = run([stage(kind, **{**USUAL, field: UNUSUAL[field]})])
+    records, trained, saved = run([stage(kind, **{**USUAL, field: UNUSUAL[field]})])
     before = usual_run(kind)
-    assert (records, files) != (before[0], before[2]) or moved(before[1], trained) or os.listdir(tmp_path)
+    assert (records, list(saved)) != (before[0], list(before[2])) or moved(before[1], trained) \
+        or os.listdir(tmp_path)
 
 
 SENSELESS = dict(
@@ -2138,9 +2138,8 @@ def test_what_cannot_work_is_refused_before_any_work(kinds, fields, how, words):
 
 def test_a_judge_that_never_scores_is_quoted_and_named():
     """If the first replies hold no score, the stage ends with an error that quotes replies."""
-    silent = srlm.RewardConfig("h{{ prompt }}g{{ response }}h", "Score: {{ reward }}")
     found = refusal(lambda: [stage("self-reward", prompt_dataset=WORDS * 1000)],
-                    self_reward_prompt_config=silent)
+                    self_reward_prompt_config=SCORE)
     assert re.search(r"stage 0 \(self-reward\): .*16.*unparsed.*\['[a-h]*', '[a-h]*', '[a-h]*'\]", found)
 
 
@@ -2340,28 +2339,15 @@ def test_the_built_in_model_samples_and_trains_in_bfloat16():
     assert {weight.dtype for weight in after.values()} == {torch.bfloat16}
 
 
-class PoliteWorld:
-    """The smallest world of one's own: say "ok!", not "ok", as half of the demonstrations do."""
+class PoliteWorld(srlm.LetterWorld):
+    """A world of one's own: say "ok!", not "ok", as half of the demonstrations do."""
 
     CHAT_TEMPLATE, max_new_tokens = "{{ prompt }}>", 4
     JUDGE = srlm.RewardConfig("{{ prompt }}?{{ response }}=", "{{ reward }}", None, (0, 5))
-    eval_prompts, answers = ["ab", "ba"], ("ok!", "ok", "o", "no", "")
-
-    def prompts(self, n, purpose):
-        return ["".join(word) for word in itertools.product("cdefgh", repeat=3)][:n]
-
-    def score(self, prompt, response):
-        return {"ok!": 5, "ok": 3}.get(response, 0)
-
-    def demonstrations(self, n):
-        return list(zip(self.prompts(n, ""), itertools.cycle(["ok", "ok!", "ok!", "ok"])))
-
-    def judgements(self, n, model, tidy):
-        answers = itertools.cycle(self.answers)
-        return [(p, r, str(self.score(p, r))) for p, r in zip(self.prompts(n, ""), answers)]
-
-    def graded_answers(self, model):
-        return [(p, r, self.score(p, r)) for p in self.eval_prompts for r in self.answers]
+    score = lambda self, prompt, response: {"ok!": 5, "ok": 3}.get(response, 0)
+    verdict = lambda self, prompt, response: str(self.score(prompt, response))
+    demonstrate = lambda self, prompt, rng: rng.choice(["ok", "ok!"])
+    make_up = lambda self, prompt, rng: rng.choice(["ok!", "ok", "o", "no", ""])
 
 
 def test_the_recipe_runs_in_a_world_of_ones_own(tmp_path, monkeypatch):
@@ -2373,7 +2359,7 @@ def test_the_recipe_runs_in_a_world_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.setattr(srlm, "generate_preferences", generate)
     argv = ("--base-steps 40 --sft-steps 150 --dpo-steps 30 --demonstrations 96 --judgements 200 "
             "--stage-prompts 96 --depth 2 --checkpoints").split()
-    lines = srlm.train(srlm.Options.parse([*argv, str(tmp_path)]), PoliteWorld())
+    lines = srlm.train(srlm.Options.parse([*argv, str(tmp_path)]), PoliteWorld(n_eval=2))
     kinds = [line.get("kind") for line in lines]
     assert kinds == [None, "sft", "sft", "self-reward", "self-reward"]
     assert lines[4]["oracle_score"] > lines[2]["oracle_score"] + 0.3
@@ -2551,32 +2537,26 @@ def early_stopping_rule(values, mode, patience):
 @example([NAN, 1, 3, 3, 2], "max", 2, 1, float)
 def test_early_stopping_follows_its_rule(values, mode, patience, every, form):
     """A stage ends after `patience` evaluations without a new best, and keeps its best weights."""
-    seen, model = [], Tiny()  # seen: the weights at each evaluation
-    config = stage("sft", steps=every * len(values), eval_every=every, eval_mode=mode, patience=patience,
-                   eval_fn=lambda model: seen.append(weights(model)) or form(values[len(seen) - 1]))
-    with tempfile.TemporaryDirectory() as folder:
-        record, = trainer(folder, [config], model)()
-        saved = srlm.load_checkpoint(Path(folder, "0.sft.pt"))["model"]
+    seen = []  # the weights at each evaluation
+    evaluation = lambda model: seen.append(weights(model)) or form(values[len(seen) - 1])
+    (record,), trained, saved = run([stage(
+        "sft", steps=every * len(values), eval_fn=evaluation, eval_every=every, eval_mode=mode,
+        patience=patience)])
     looks, best = early_stopping_rule(values, mode, patience)
     assert len(seen) == looks and record["steps"] == every * looks
-    expected = seen[-1 if best is None else best]
-    same([weights(model), dict(saved)], [expected, expected])
+    same([trained, saved["0.sft.pt"]], [seen[-1 if best is None else best]] * 2)
 
 
 @given(st.integers(1, 9), st.integers(1, 4), st.booleans())
 def test_every_n_steps_is_n_2n_3n(steps, n, by_epochs):
     """Evaluations and checkpoints come after n, 2n, 3n... updates, or one evaluation at the end."""
-    seen, model, due = [], Tiny(), range(n, steps + 1, n)
+    seen, names = [], [f"0.sft.step{step}.pt" for step in range(n, steps + 1, n)]
     length = dict(steps=99, max_epochs=(3 * steps - 1) / 7) if by_epochs else dict(steps=steps)
-    config = stage("sft", checkpoint_every=n, eval_every=n, eval_mode="min",
-                   eval_fn=lambda model: seen.append(weights(model)) or 0, **length)
-    with tempfile.TemporaryDirectory() as folder:
-        record, = trainer(folder, [config], model)()
-        paths = [Path(folder, f"0.sft.step{step}.pt") for step in due]
-        assert set(os.listdir(folder)) == {"0.sft.pt", *(path.name for path in paths)}
-        saved = [dict(srlm.load_checkpoint(path)["model"]) for path in paths]
-    assert record["steps"] == steps
-    same(saved or [weights(model)], seen)
+    (record,), trained, saved = run([stage(
+        "sft", checkpoint_every=n, eval_every=n, eval_mode="min",
+        eval_fn=lambda model: seen.append(weights(model)) or 0, **length)])
+    assert record["steps"] == steps and set(saved) == {"0.sft.pt", *names}
+    same([saved[name] for name in names] or [trained], seen)
 
 
 @pytest.mark.parametrize("steps", [1, 19, 20, 21, 50, 51, 100, 101, 120, 150])
@@ -2634,7 +2614,8 @@ undisturbed = functools.cache(lambda: run(EVERY_KIND, evaluate=draw))
     ("fsync", failing(OSError(errno.ENOSPC, "No space left")), r"cannot write .*\.pt: No space")])
 def test_a_run_that_broke_off_resumes_to_the_same_bits(where, what, words, at, tmp_path):
     """A resume goes on after the last finished stage, and ends as if nothing had happened."""
-    records, expected, files = undisturbed()
+    records, expected, saved = undisturbed()
+    files = list(saved)
     functions = dict(fit=srlm.fit, fsync=os.fsync, report=lambda record: None, evaluate=draw)
     call = 2 * at if where == "fsync" else at  # a stage is saved before and after its evaluation
     functions[where] = except_at(call, functions[where], what)
@@ -3101,11 +3082,8 @@ def built(*argv):
     return made[0]
 
 
-def judge_prompts(trainer):
-    """The judge prompts that M1 learns from; they follow 40 demonstrations."""
-    return [srlm.decode(ids[:length]) for ids, length in trainer.configs[1].train_dataset(None)[40:]]
-
-
+judge_prompts = lambda trainer: [  # those that M1 learns from; they follow 40 demonstrations
+    srlm.decode(ids[:length]) for ids, length in trainer.configs[1].train_dataset(None)[40:]]
 FLAGS = {  # flag: a value, and where to find it in the trainer
     "--seed": (7, lambda trainer: trainer.seed),
     "--checkpoints": ("here", lambda trainer: str(trainer.folder)),
@@ -3390,8 +3368,8 @@ def train_every_kind(rank=0):
         for dtype, batch_size in ((torch.float64, 2), (torch.float64, 5), (torch.float32, 5)):
             config = stage(kind, batch_size=batch_size, replay_dataset=lambda model: ITEMS[rank:],
                            **fields)
-            (record,), state, files = run([config], Tiny(seed=rank).to(dtype))
-            runs[f"{kind} {dtype} {batch_size}"] = numbers(record), state, files
+            (record,), state, saved = run([config], Tiny(seed=rank).to(dtype))
+            runs[f"{kind} {dtype} {batch_size}"] = numbers(record), state, list(saved)
 
     def value(model):  # falls on rank 0, which decides; would rise on rank 1
         values.append(len(values) * (rank - 0.5))
@@ -3472,9 +3450,8 @@ def test_a_process_that_dies_ends_the_others_and_the_run_can_be_resumed(job):
 # 16. README and notebook --------------------------------------------------------------------------
 
 
-def readme_blocks():
-    text = (HERE / "README.md").read_text(encoding="utf-8")
-    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+readme = lambda: (HERE / "README.md").read_text(encoding="utf-8")
+readme_blocks = lambda: re.findall(r"^```python\n(.*?)^```", readme(), re.MULTILINE | re.DOTALL)
 
 
 def run_the_readme():
@@ -3486,8 +3463,7 @@ def run_the_readme():
 
 def test_the_readme_names_tests_that_exist():
     """Every test that the README cites is a test of this file."""
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
-    cited = {name for name in re.findall(r"`(test_\w+)`", readme)}
+    cited = set(re.findall(r"`(test_\w+)`", readme()))
     assert cited <= set(globals()) and len(cited) > 5
 
 
@@ -3511,13 +3487,13 @@ def run_the_notebook():
         if "exercise" in cell.metadata.get("tags", []):
             cell.source, n_solved = solution, n_solved + 1
     assert n_solved >= 8
-    asks = "import json; print(json.dumps([teacher, *(float(scores[name]) for name in ('M1', 'M2', 'M3'))]))"
+    asks = "print([float(x) for x in (teacher, scores['M1'], scores['M2'], scores['M3'])])"
     notebook.cells.append(nbformat.v4.new_code_cell(asks))
     nbclient.NotebookClient(notebook, timeout=300).execute()
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
-    outputs = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert "going on with your round" in "".join(outputs) and "of srlm.py" not in "".join(outputs)
-    print(notebook.cells[-1].outputs[0].text)
+    texts = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert "going on with your round" in "".join(texts) and "of srlm.py" not in "".join(texts)
+    print(texts[-1])
 
 
 @needs("notebook")
