@@ -2095,7 +2095,7 @@ def test_a_senseless_field_is_refused(kind):
 
 
 def test_defaults_are_those_of_the_papers():
-    """Four candidates, three judgements of each, the best against the worst, beta and lambda 0.1."""
+    """Four candidates, three judgements of each, best against worst, beta and lambda 0.1."""
     dpo = srlm.SelfRewardDPOConfig(prompt_dataset=WORDS)
     spin = srlm.SelfPlayConfig(train_dataset=ITEMS)
     assert (dpo.n_candidates, dpo.n_judge_samples, dpo.pick_pair) == (4, 3, srlm.pick_best_worst)
@@ -2354,11 +2354,10 @@ def test_the_recipe_runs_in_a_world_of_ones_own(tmp_path, monkeypatch):
     lines = srlm.train(srlm.Options.parse([*argv, str(tmp_path)]), PoliteWorld(n_eval=2))
     kinds = [line.get("kind") for line in lines]
     assert kinds == [None, "sft", "sft", "self-reward", "self-reward"]
-    assert lines[4]["oracle_score"] > lines[2]["oracle_score"] + 0.3
+    assert lines[4]["oracle_score"] > lines[2]["oracle_score"] + 0.3 and lines[2]["self_score"] > 3
 
 
 # 10. Training data --------------------------------------------------------------------------------
-
 
 class Listed(torch.utils.data.Dataset):
     """A torch Dataset: it has a length and an index, but no slices, and never raises IndexError."""
@@ -2511,7 +2510,6 @@ def test_mock_data_sets():
 
 # 11. Early stopping and history -------------------------------------------------------------------
 
-
 def early_stopping_rule(values, mode, patience):
     """How many values are looked at, and which is the first best one (None: all are NaN)."""
     sign, best = (1 if mode == "max" else -1), None
@@ -2648,8 +2646,7 @@ def test_a_run_that_was_killed_again_and_again_ends_in_the_same_bits(delays, see
 
 
 class Bomb:
-    def __reduce__(self):
-        return os.mkdir, ("exploded",)
+    __reduce__ = lambda self: (os.mkdir, ("exploded",))
 
 
 def test_a_damaged_checkpoint_is_named_and_left_alone(tmp_path, monkeypatch):
@@ -2878,10 +2875,10 @@ def test_an_error_in_a_file_names_file_line_and_reason(read, line, reason, tmp_p
 
 
 @pytest.mark.parametrize("read", [read_rows, read_pairs])
-@pytest.mark.parametrize("content", [None, b"\n\n", b'{"prompt": "\xff"}'])
+@pytest.mark.parametrize("content", ["missing", b"\n\n", b'{"prompt": "\xff"}'])
 def test_a_file_without_a_line_is_refused(read, content, tmp_path):
     """A file that is missing, empty, or not UTF-8 is an error that names it."""
-    if content is not None:
+    if content != "missing":
         (tmp_path / "bad.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match="bad.jsonl"):
         read(tmp_path / "bad.jsonl")
@@ -2931,12 +2928,11 @@ SOME = st.lists(st.sampled_from(SAY), max_size=20)
                 max_size=20), SOME, SOME, st.integers(1, 10))
 @settings(max_examples=15)
 def test_what_is_measured_was_in_no_file_trained_on(others, judged, prompts, n):
-    """A prompt is held out of all files or of none; five of its rows in a file are measured."""
+    """A prompt is held out of all files or of none; five rows a prompt are measured."""
     files = dict(sft=YES + rows(judged + others, response="r"),
                  judged=rows([*judged, *SAY[::9], *SAY[:40]], response="r", score=2))
     files |= {"prompts": rows([*prompts, *others, "say 1"])} if prompts else {}
     world = own_data("--eval-prompts", n, **files)
-
     part = lambda flag, held_out: [
         row["prompt"] for row in files[flag] if HELD_OUT(row["prompt"]) == held_out]
     first = lambda table: [row[0] for row in table]
@@ -2949,10 +2945,8 @@ def test_what_is_measured_was_in_no_file_trained_on(others, judged, prompts, n):
     assert sorted(drawn) == sorted(set(part(flag, False)))
 
 
-TINY_NUMBERS = st.floats(-12, 0).map(lambda x: 10**x)
-
-
-@given(st.lists(st.floats(0, 5) | st.integers(0, 5) | TINY_NUMBERS, min_size=1, max_size=20))
+@given(st.lists(st.floats(0, 5) | st.integers(0, 5) | st.floats(-12, 0).map(lambda x: 10**x),
+                min_size=1, max_size=20))
 @example([1e-5, 1e-4, 9e-5, 1.5e-7, 5, 0, 4.5])
 def test_judged_scores_come_back_from_their_verdicts(scores):
     """The score in the file is what is read from the verdict that the model learns to write."""
@@ -2974,8 +2968,7 @@ def test_every_answer_leaves_the_judge_room():
 
 @pytest.mark.filterwarnings("error")
 def test_what_a_tokenizer_may_lose_is_a_warning(tmp_path):
-    """Only prompts that decode to other tokens, and a foreign tokenizer with the EOS of srlm's, are
-    warned of."""
+    """Prompts that decoding changes, and a foreign tokenizer with srlm's EOS, are warned of."""
     no_digits = lambda ids: re.sub("[0-9]", "", srlm.decode(ids))
     pair = srlm.PreferencePair(torch.tensor(srlm.encode("> 1 + 2\n")), *torch.tensor([[97], [98]]))
     save = lambda **how: srlm.save_pairs(tmp_path / "pairs.jsonl", [pair], srlm.TextFormat(**how))
@@ -3054,7 +3047,6 @@ def test_the_held_out_loss_is_cut_by_tokens(tmp_path):
 
 # 14. The command line -----------------------------------------------------------------------------
 
-
 metrics = lambda folder: [
     json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -3123,9 +3115,9 @@ def test_every_option_is_documented_and_has_a_type(capsys):
     shown = capsys.readouterr().out
     for option in dataclasses.fields(srlm.Options):
         assert "--" + option.name.replace("_", "-") in shown
-    options = srlm.Options.parse("--quick --seed 7 --dpo-steps 3 --replay-weight 0.5".split())
-    given = options.quick, options.seed, options.dpo_steps, options.replay_weight
-    assert given == (True, 7, 3, 0.5) and options.sft_steps < srlm.Options().sft_steps
+    options = srlm.Options.parse("--quick --dpo-steps 3 --replay-weight 0.5".split())
+    assert (options.quick, options.dpo_steps, options.replay_weight) == (True, 3, 0.5)
+    assert options.sft_steps < srlm.Options().sft_steps
 
 
 @pytest.mark.parametrize("line, says", [
@@ -3446,7 +3438,6 @@ def test_a_process_that_dies_ends_the_others_and_the_run_can_be_resumed(job):
 
 
 # 16. README and notebook --------------------------------------------------------------------------
-
 
 readme = lambda: (HERE / "README.md").read_text(encoding="utf-8")
 readme_blocks = lambda: re.findall(r"^```python\n(.*?)^```", readme(), re.MULTILINE | re.DOTALL)
