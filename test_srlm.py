@@ -1911,14 +1911,13 @@ import sys
 import tempfile
 import textwrap
 import threading
-import warnings
 import zlib
 from pathlib import Path
 
 from tqdm import tqdm
 
-tqdm.set_lock(threading.RLock())  # its own lock is shared with forks, and one that is killed may hold it
-posix = pytest.mark.skipif(os.name == "nt", reason="needs fork, SIGALRM or SIGKILL, which Windows lacks")
+tqdm.set_lock(threading.RLock())  # a fork that is killed may hold its own, which forks share
+posix = pytest.mark.skipif(os.name == "nt", reason="Windows lacks fork and some signals")
 
 
 # 9. Stages ----------------------------------------------------------------------------------------
@@ -1937,6 +1936,7 @@ KINDS = {  # of each kind of stage its config, and the fields of a small one
     "dpo": (srlm.DPOConfig, dict(pair_dataset=PAIRS))}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_preference_kind = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "sft"])
+failing = lambda error: mock.Mock(side_effect=error)
 
 
 def stage(kind, **fields):
@@ -1951,12 +1951,9 @@ def trainer(folder, stages, model=None, **how):
            "self_reward_prompt_config": JUDGE, "chat_template": TEXT.chat_template, **how})
 
 
-def timeless(records):
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
-
-
-def weights(model):
-    return {name: weight.clone() for name, weight in model.state_dict().items()}
+weights = lambda model: {name: weight.clone() for name, weight in model.state_dict().items()}
+timeless = lambda records: [
+    {key: value for key, value in record.items() if key != "seconds"} for record in records]
 
 
 def moved(before, after):
@@ -1965,16 +1962,18 @@ def moved(before, after):
 
 
 def run(stages, model=None, **how):
-    """All that can be observed of a run: its records, its weights and the names of its files."""
+    """All that can be observed of a run: its records, its weights, and those in its checkpoints."""
     model = Tiny() if model is None else model
     with tempfile.TemporaryDirectory() as folder:
         records = trainer(folder, stages, model, **how)()
-        return timeless(records), weights(model), sorted(os.listdir(folder))
+        saved = {name: dict(srlm.load_checkpoint(Path(folder, name))["model"])
+                 for name in sorted(os.listdir(folder))}
+    return timeless(records), weights(model), saved
 
 
 def refusal(make_stages, **how):
-    """The one line with which stages are refused, before any update and without leaving a file."""
-    training = mock.Mock(side_effect=AssertionError("training has begun"))
+    """The one line with which stages are refused, before any update and any file."""
+    training = failing(AssertionError("training has begun"))
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(srlm, "fit", training):
         with pytest.raises(ValueError) as error:
             trainer(folder, make_stages(), **how)()
@@ -1982,15 +1981,36 @@ def refusal(make_stages, **how):
         return str(error.value)
 
 
-@given(st.lists(st.sampled_from(list(KINDS)), min_size=1, max_size=3), SEEDS, st.sampled_from([8, None]))
-def test_stages_run_in_any_order(kinds, seed, eos_id):
-    """Stages run in any order; each moves all weights and leaves a record and a checkpoint of its kind."""
-    model, seen = Tiny(), [weights(Tiny())]
+def tie(model):
+    """Embedding and output layer become one parameter."""
+    model.to_logits.weight = model.embedding.weight
+    return model
+
+
+@given(st.lists(st.sampled_from([*KINDS]), min_size=1, max_size=3), SEEDS,
+       st.sampled_from([8, None]), st.booleans(), st.booleans())
+@example([*KINDS], 0, 8, True, False)
+@example([*KINDS], 0, 8, False, True)
+def test_stages_run_in_any_order(kinds, seed, eos_id, tied, frozen):
+    """Any sequence trains all weights that are not frozen, keeps tied ones tied, calls a data set
+    when its stage begins, and leaves records and checkpoints to which a resume returns."""
+    model, resumed = (tie(Tiny(seed=i)) if tied else Tiny(seed=i) for i in range(2))
+    model.embedding.weight.requires_grad_(not frozen)
+    free = {name for name, weight in model.named_parameters(remove_duplicate=False)
+            if weight.requires_grad}
+    began, ended = [], [weights(model)]
+    fields = dict(replay_dataset=lambda model: began.append(weights(model)) or ITEMS,
+                  weight_decay=0.5, eval_every=2, eval_fn=lambda model: 1)
+    stages, how = [stage(kind, **fields) for kind in kinds], dict(seed=seed, eos_id=eos_id)
     with tempfile.TemporaryDirectory() as folder:
-        records = trainer(folder, [stage(kind) for kind in kinds], model, seed=seed, eos_id=eos_id,
-                          report=lambda record: seen.append(weights(model)))()
+        report = lambda record: ended.append(weights(model))
+        records = trainer(folder, stages, model, report=report, **how)()
         assert sorted(os.listdir(folder)) == [f"{i}.{kind}.pt" for i, kind in enumerate(kinds)]
-    assert all(moved(before, after) == set(before) for before, after in zip(seen, seen[1:]))
+        trainer(folder, stages, resumed, **how)(resume=True)
+    same([*began, weights(resumed)], ended)
+    assert all(moved(before, after) == free for before, after in zip(ended, ended[1:]))
+    for one in (model, resumed):
+        assert (one.to_logits.weight is one.embedding.weight) == tied
     assert [(record["stage"], record["kind"]) for record in records] == list(enumerate(kinds))
     counts = {"pairs", "unparsed", "tied", "invalid"}
     metrics = {"reward_accuracy", "reward_margin", "chosen_logprob", "rejected_logprob"}
@@ -2003,7 +2023,7 @@ def test_stages_run_in_any_order(kinds, seed, eos_id):
 
 @every_kind
 def test_the_same_seed_gives_the_same_bits(kind):
-    """A seed fixes every bit, whatever was drawn before, and torch's own generator keeps its state."""
+    """A seed fixes every bit, whatever was drawn before, and torch's generator keeps its state."""
     stages = [stage(kind, **dict(pick_pair=srlm.pick_best_random) if "reward" in kind else {})] * 2
     one, two = run(stages, seed=5), run(stages, seed=5)  # to make the models draws numbers
     model, state = Tiny(), torch.get_rng_state()
@@ -2024,12 +2044,9 @@ def only(letters):
     return lambda logits: logits.index_fill(-1, others, -math.inf)
 
 
-def nearness(model):
-    """An evaluation: minus the distance of one weight from where it was in Tiny()."""
-    return -float((model.embedding.weight - Tiny().embedding.weight).abs().sum())
-
-
-USUAL = dict(eval_fn=nearness, eval_every=1, replay_dataset=ITEMS[:2])  # so that every field matters
+# An evaluation: minus the distance of one weight from where it was in Tiny().
+nearness = lambda model: -float((model.embedding.weight - Tiny().embedding.weight).abs().sum())
+USUAL = dict(eval_fn=nearness, eval_every=1, replay_dataset=ITEMS[:2])  # so that all fields matter
 UNUSUAL = dict(  # another value of each field
     steps=4, batch_size=2, learning_rate=0.01, warmup=0.9, weight_decay=0.5, max_grad_norm=1e-12,
     max_epochs=0.4, eval_fn=None, eval_every=2, eval_mode="min", patience=1, checkpoint_every=2,
@@ -2051,34 +2068,36 @@ def test_every_field_changes_what_happens(kind, field, tmp_path, monkeypatch):
     """Another value of any one field of a stage shows in the records, the weights or the files."""
     monkeypatch.chdir(tmp_path)  # where the pairs file is written
     assert field in UNUSUAL, "a new field needs an entry in UNUSUAL, and tests of what it does"
-    records, trained, files = run([stage(kind, **{**USUAL, field: UNUSUAL[field]})])
+    records, trained, saved = run([stage(kind, **{**USUAL, field: UNUSUAL[field]})])
     before = usual_run(kind)
-    assert (records, files) != (before[0], before[2]) or moved(before[1], trained) or os.listdir(tmp_path)
+    assert (records, list(saved)) != (before[0], list(before[2])) or moved(before[1], trained) \
+        or os.listdir(tmp_path)
 
 
 SENSELESS = dict(
-    steps=[0, math.inf], batch_size=[0], learning_rate=[0.0, NAN], warmup=[-0.1, 1.01, 100, NAN, math.inf],
-    weight_decay=[-1], max_grad_norm=[0], max_epochs=[0], eval_mode=["best"], eval_every=[0], patience=[0],
-    checkpoint_every=[0], replay_weight=[-1.0], lam=[0.0], beta=[0.0, -1], nll_weight=[-0.1],
-    n_candidates=[1], n_pairs=[0], max_new_tokens=[0], temperature=[-1], n_judge_samples=[0],
-    max_judge_tokens=[0], judge_temperature=[-0.1])
+    steps=[0, math.inf], batch_size=[0], learning_rate=[0.0, NAN], weight_decay=[-1],
+    warmup=[-0.1, 1.01, 100, NAN, math.inf], max_grad_norm=[0], max_epochs=[0], eval_mode=["best"],
+    eval_every=[0], patience=[0], checkpoint_every=[0], replay_weight=[-1.0], lam=[0.0],
+    beta=[0.0, -1], nll_weight=[-0.1], n_candidates=[1], n_pairs=[0], max_new_tokens=[0],
+    temperature=[-1], n_judge_samples=[0], max_judge_tokens=[0], judge_temperature=[-0.1])
 
 
 @every_kind
 def test_a_senseless_field_is_refused(kind):
-    """A value that makes no sense is an error with config, field and value; no field can be set later."""
+    """A senseless value is an error with config, field and value; no field can be set later."""
     make = KINDS[kind][0]
     for field in {field.name for field in dataclasses.fields(make)} & set(SENSELESS):
         for value in SENSELESS[field]:
             with pytest.raises(ValueError, match=f"{make.__name__}: {field} = {value!r}"):
                 stage(kind, **{field: value})
     with pytest.raises(dataclasses.FrozenInstanceError):
-        stage(kind, warmup=1).steps = 5
+        pickle.loads(pickle.dumps(stage("sft", warmup=1))).steps = 5
 
 
 def test_defaults_are_those_of_the_papers():
-    """Four candidates, three judgements of each, the best against the worst, and beta = lambda = 0.1."""
-    dpo, spin = srlm.SelfRewardDPOConfig(prompt_dataset=WORDS), srlm.SelfPlayConfig(train_dataset=ITEMS)
+    """Four candidates, three judgements of each, best against worst, beta and lambda 0.1."""
+    dpo = srlm.SelfRewardDPOConfig(prompt_dataset=WORDS)
+    spin = srlm.SelfPlayConfig(train_dataset=ITEMS)
     assert (dpo.n_candidates, dpo.n_judge_samples, dpo.pick_pair) == (4, 3, srlm.pick_best_worst)
     assert dpo.beta == spin.lam == 0.1 and dpo.replay_dataset is spin.replay_dataset is None
     assert dpo.nll_weight == 0 and srlm.judge.__kwdefaults__["n_samples"] == 3
@@ -2094,63 +2113,52 @@ def returning(wrap):
 
 EOS, CONTRACT = r"eos_id=%d\b.*\b9\b.*eos_id=None", "%s.*logits.*wrap"
 ROOM = r"stage 0 \(self-reward\): %s = 20 .*max_seq_len = 20"
-
-
-@pytest.mark.parametrize("old, new", [("dpo_beta", "beta"), ("num_train_steps", "steps"), ("spin_λ", "lam")])
-def test_a_name_of_the_older_package_is_answered_with_the_new_one(old, new):
-    """A field of self-rewarding-lm-pytorch is an error that names the field that has taken its place."""
-    with pytest.raises(ValueError, match=f"SFTConfig: {old} is now {new}"):
-        srlm.SFTConfig(train_dataset=ITEMS, **{old: 1})
-    config = stage("sft")
-    assert pickle.loads(pickle.dumps(config)).steps == dataclasses.replace(config).steps == config.steps
+SHORT_MODEL = dict(model=limited(Tiny(), 20))
+NEW_NAMES = {"dpo_beta": "beta", "num_train_steps": "steps", "spin_λ": "lam"}  # by older name
 
 
 @pytest.mark.parametrize("kinds, fields, how, words", [
+    *[(KINDS, {old: 1}, {}, f"Config: {old} is now {NEW_NAMES[old]}") for old in NEW_NAMES],
     *[(KINDS, {}, dict(eos_id=eos_id), EOS % eos_id) for eos_id in (9, 256, -1)],
     (KINDS, {}, dict(model=returning(lambda logits: (logits, None))), CONTRACT % "tuple"),
     (KINDS, {}, dict(model=returning(lambda logits: {"logits": logits})), CONTRACT % "dict"),
-    (KINDS, {}, dict(model=returning(lambda x: types.SimpleNamespace(logits=x))), CONTRACT % "Namespace"),
+    (KINDS, {}, dict(model=returning(lambda x: mock.Mock(logits=x))), CONTRACT % "Mock"),
     (KINDS, {}, dict(model=returning(lambda logits: logits[:, -1])), CONTRACT % "Tensor"),
-    (["self-reward"], dict(max_new_tokens=20), dict(model=limited(Tiny(), 20)), ROOM % "max_new_tokens"),
-    (["self-reward"], dict(max_judge_tokens=20), dict(model=limited(Tiny(), 20)), ROOM % "max_judge_tokens"),
-    (["self-reward"], dict(prompt_dataset=["b", "c" * 20], max_judge_tokens=9), dict(model=limited(Tiny(), 20)),
+    (["self-reward"], dict(max_new_tokens=20), SHORT_MODEL, ROOM % "max_new_tokens"),
+    (["self-reward"], dict(max_judge_tokens=20), SHORT_MODEL, ROOM % "max_judge_tokens"),
+    (["self-reward"], dict(prompt_dataset=["b", "c" * 20], max_judge_tokens=9), SHORT_MODEL,
      "prompt_dataset: item 1 has 2[0-9] tokens.*max_seq_len=20"),
-    (["self-reward"], dict(reward_config="other"), dict(self_reward_prompt_config={"length": JUDGE}),
-     r"stage 0 \(self-reward\): .*'other'.*length")])
+    (["self-reward"], dict(reward_config="other"), dict(self_reward_prompt_config={"one": JUDGE}),
+     r"stage 0 \(self-reward\): .*'other'.*one")])
 def test_what_cannot_work_is_refused_before_any_work(kinds, fields, how, words):
-    """An impossible EOS, a model without logits, texts without room, or an unknown judge is refused."""
+    """Old names, an impossible EOS, no logits, no room, or an unknown judge is refused."""
     for kind in kinds:
         assert re.search(words, refusal(lambda: [stage(kind, **fields)], **how))
 
 
 def test_a_judge_that_never_scores_is_quoted_and_named():
-    """If the first replies hold no score, the stage ends with an error that names it and quotes replies."""
-    silent = srlm.RewardConfig("h{{ prompt }}g{{ response }}h", "Score: {{ reward }}")
+    """If the first replies hold no score, the stage ends with an error that quotes replies."""
     found = refusal(lambda: [stage("self-reward", prompt_dataset=WORDS * 1000)],
-                    self_reward_prompt_config=silent)
-    assert re.search(r"stage 0 \(self-reward\): .*16.*unparsed.*\['[a-h]*', '[a-h]*', '[a-h]*'\]", found)
+                    self_reward_prompt_config=SCORE)
+    assert re.search(r"stage 0 \(self-reward\): .*16.*unparsed.*\[('[a-h]*',? ?){3}\]", found)
 
 
 @every_kind
 def test_a_stage_writes_in_evaluation_mode_and_then_trains_in_training_mode(kind):
-    """Answers and references come before the first update; what is not an update runs without gradients."""
+    """All is written before the first update, and only updates run with gradients."""
     model, seen = Watched(Tiny()), []
     look = lambda model: seen.append((model.training, torch.is_grad_enabled())) or len(seen)
-    records, *_ = run([stage(kind, eval_fn=look, eval_every=1)], model, evaluate=lambda m: {"found": look(m)})
+    records, *_ = run([stage(kind, eval_fn=look, eval_every=1)], model,
+                      evaluate=lambda model: {"found": look(model)})
     before = model.modes.count((False, False))
     assert before > 0 and model.modes == [(False, False)] * before + [(True, True)] * 3
     assert seen == [(False, False)] * 4 and records[0]["found"] == 4
 
 
-def tie(model):
-    """Embedding and output layer become one parameter."""
-    model.to_logits.weight = model.embedding.weight
-    return model
-
-
 def train_by_hand(model, loss_fn, config):
-    """AdamW with a linear warmup and decay, and clipped gradients; returns the mean of the last 20 losses."""
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=config.weight_decay)
+    """AdamW with warmup, decay and clipped gradients; returns the mean of the last 20 losses."""
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98),
+                                  weight_decay=config.weight_decay)
     losses, peak = [], max(1, round(config.warmup * config.steps))
     for step in range(1, config.steps + 1):
         share = step / peak if step <= peak else 1 - (step - peak) / (config.steps + 1 - peak)
@@ -2164,67 +2172,76 @@ def train_by_hand(model, loss_fn, config):
     return np.mean(losses[-20:])
 
 
-@given(st.integers(1, 30), st.floats(0, 1), st.sampled_from([0.0, 0.3]), st.sampled_from([0.01, 1.0]),
-       st.booleans())
-def test_sft_follows_its_update_rule(steps, warmup, weight_decay, max_grad_norm, tied):
-    """SFT on one item ends with the loss and the weights of an update rule that is written out by hand."""
+item_loss = lambda model, ids, n: srlm.sft_loss(model, ids[None], torch.tensor([n]))
+
+
+@given(st.integers(1, 30), st.floats(0, 1), st.sampled_from([0.0, 0.3]),
+       st.sampled_from([0.01, 1.0]), st.sampled_from([0.0, 0.5, 2.0]), st.booleans())
+def test_sft_follows_its_update_rule(steps, warmup, weight_decay, max_grad_norm, weight, tied):
+    """SFT on one item, with another replayed, ends as a loop that is written by hand."""
     config = stage("sft", train_dataset=ITEMS[1:2], steps=steps, warmup=warmup, learning_rate=0.02,
-                   weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+                   weight_decay=weight_decay, max_grad_norm=max_grad_norm,
+                   replay_dataset=ITEMS[2:3], replay_weight=weight)
     expected, model = (tie(Tiny().double()) if tied else Tiny().double() for _ in range(2))
-    ids, n = ITEMS[1]
-    loss = train_by_hand(expected, lambda: srlm.sft_loss(expected, ids[None], torch.tensor([n])), config)
+    loss_fn = lambda: item_loss(expected, *ITEMS[1]) + weight * item_loss(expected, *ITEMS[2])
+    loss = train_by_hand(expected, loss_fn, config)
     records, trained, _ = run([config], model)
     close(records[0]["loss"], loss, 1e-5)
     torch.testing.assert_close(trained, weights(expected), atol=1e-7, rtol=1e-7)
 
 
 @given(SEEDS, st.integers(1, 30), st.integers(1, 5), st.integers(1, 3))
-def test_an_epoch_has_every_example_once_and_its_batches_little_padding(seed, n, batch_size, n_epochs):
-    """In an epoch every example is drawn once, in an order of chance but for one rule: of two batches the
-    first has the smaller examples. Without a size the order is that of chance alone."""
+def test_an_epoch_has_every_example_once_and_its_batches_little_padding(
+        seed, n, batch_size, n_epochs):
+    """An epoch has each example once, in an order of chance, but sorted by size in two batches."""
     sizes = np.random.default_rng(seed).integers(1, 9, size=n).tolist()
-    drawn = {}
-    for name, size in (("chance", lambda i: 0), ("sorted", lambda i: sizes[i])):
-        batches = srlm.shuffled_batches(range(n), batch_size, generator(seed), size)
-        stream = itertools.chain.from_iterable(batches)
-        drawn[name] = [list(itertools.islice(stream, n)) for _ in range(n_epochs)]
+    config = stage("sft", steps=math.ceil(n * n_epochs / batch_size), batch_size=batch_size)
+
+    def drawn(size):
+        """The examples that fit() draws, an epoch a row."""
+        seen = []
+        loss = lambda model, batch: (model.to_logits.bias.sum(), seen.extend(batch) or 1, {})
+        srlm.fit(Tiny(), [srlm.Objective(range(n), loss, size=size)], config, seed=seed)
+        return [seen[i * n : (i + 1) * n] for i in range(n_epochs)]
+
     order = generator(seed)
-    for chance, by_size in zip(drawn["chance"], drawn["sorted"]):
+    for chance, by_size in zip(drawn(lambda i: 0), drawn(lambda i: sizes[i])):
         same(chance, torch.randperm(n, generator=order).tolist(), of="the order without a size")
-        same(sorted(by_size), list(range(n)), of="the examples of an epoch")
         for at in range(0, n, 2 * batch_size):
             two_batches = slice(at, at + 2 * batch_size)
-            same(by_size[two_batches], sorted(chance[two_batches], key=lambda i: sizes[i]), of="two batches")
+            expected = sorted(chance[two_batches], key=lambda i: sizes[i])
+            same(by_size[two_batches], expected, of="two batches")
 
 
 @every_preference_kind
 def test_the_reference_is_the_model_as_the_stage_begins(kind, tmp_path):
     """On one pair a stage trains as a loop does whose reference is a copy of the first model."""
-    model, expected, reference = Tiny().double(), Tiny().double(), Tiny().double()  # three equal models
-    fields = dict(steps=25, batch_size=1, learning_rate=0.05, max_epochs=None)
+    model, expected, reference = (Tiny().double() for _ in range(3))  # equal models
+    fields = dict(steps=25, batch_size=1, learning_rate=0.05, max_epochs=None,
+                  replay_dataset=ITEMS[2:3], replay_weight=0.5)
+    dpo = dict(fields, beta=0.7, nll_weight=0.3)
     prompt, better, worse = TEXT.prompt_ids("bc"), torch.tensor([3, 1, 0]), torch.tensor([2, 8, 0])
     if kind == "spin":  # the rejected answer is the model's own
-        worse = srlm.sample(reference, [prompt], max_new_tokens=4, temperature=0, eos_id=8)[0]
+        worse, = srlm.sample(reference, [prompt], max_new_tokens=4, temperature=0, eos_id=8)
         item = torch.cat((prompt, better)), len(prompt)
         config = stage(kind, train_dataset=[item], temperature=0, lam=0.7, **fields)
-    elif kind == "dpo":  # the pair still has the reference of an earlier stage, which must not count
+    elif kind == "dpo":  # the pair has the reference of an earlier stage, which must not count
         pair = srlm.PreferencePair(prompt, better, worse, ref_chosen=-3.0, ref_rejected=-1.0)
-        config = stage(kind, pair_dataset=[pair], beta=0.7, nll_weight=0.3, **fields)
+        config = stage(kind, pair_dataset=[pair], **dpo)
     else:  # the stage writes both answers, and saves them in a file
-        config = stage(kind, prompt_dataset=["bc"], pairs_file=tmp_path / "pairs", beta=0.7, nll_weight=0.3,
-                       pick_pair=lambda rewards: (0, 3), is_valid_reward_pair=lambda a, b: True, **fields)
+        config = stage(kind, prompt_dataset=["bc"], pairs_file=tmp_path / "pairs", **dpo,
+                       pick_pair=lambda rewards: (0, 3), is_valid_reward_pair=lambda a, b: True)
     records, trained, _ = run([config], model)
     if "reward" in kind:
-        prompt, better, worse, *_ = srlm.load_pairs(tmp_path / "pairs", TEXT)[0]
+        (prompt, better, worse, *_), = srlm.load_pairs(tmp_path / "pairs", TEXT)
     pair = srlm.PreferencePair(prompt, better, worse)
-    ref_chosen, ref_rejected = [logprob.detach() for logprob in srlm.pair_logprobs(reference, [pair])]
+    frozen = [logprob.detach() for logprob in srlm.pair_logprobs(reference, [pair])]
 
     def loss():
         chosen, rejected = srlm.pair_logprobs(expected, [pair])
-        if kind == "spin":
-            return srlm.spin_loss(chosen, rejected, ref_chosen, ref_rejected, lam=0.7)[0].mean()
-        losses, *_ = srlm.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.7)
-        return (losses - 0.3 * chosen).mean()  # the likelihood term: the whole log-probability
+        loss = srlm.dpo_loss(chosen, rejected, *frozen, beta=0.7)[0]  # which is SPIN's with lam=0.7
+        likelihood = 0.0 if kind == "spin" else 0.3 * chosen  # the whole log-probability
+        return (loss - likelihood).mean() + 0.5 * item_loss(expected, *ITEMS[2])
 
     close(records[0]["loss"], train_by_hand(expected, loss, config), 1e-5)
     torch.testing.assert_close(trained, weights(expected), atol=1e-7, rtol=1e-7)
@@ -2232,7 +2249,7 @@ def test_the_reference_is_the_model_as_the_stage_begins(kind, tmp_path):
 
 @every_preference_kind
 def test_the_first_update_starts_at_log_2(kind):
-    """Policy and reference agree as a stage begins, so the first loss is log 2, or one's own loss at 0."""
+    """Policy and reference agree at first, so the first loss is log 2, or one's own loss at 0."""
     first_loss = lambda **fields: run([stage("sft"), stage(kind, steps=1, **fields)])[0][1]["loss"]
     close(first_loss(), math.log(2), 1e-6)
     if kind != "spin":
@@ -2240,44 +2257,8 @@ def test_the_first_update_starts_at_log_2(kind):
 
 
 @every_kind
-def test_replay_is_a_weighted_sft_loss(kind):
-    """Replay adds its weight times the SFT loss of the replayed items to the loss of any kind of stage."""
-    first_loss = lambda **replay: run([stage(kind, steps=1, batch_size=1, **replay)])[0][0]["loss"]
-    ids, n = ITEMS[2]
-    sft = float(srlm.sft_loss(Tiny(), ids[None], torch.tensor([n])).detach())
-    for weight in (0.0, 0.5, 2.0):
-        found = first_loss(replay_dataset=ITEMS[2:3], replay_weight=weight)
-        close(found, first_loss() + weight * sft, 1e-5)
-
-
-@every_kind
-def test_frozen_parameters_stay_as_they_are(kind):
-    """A parameter with requires_grad=False keeps every bit through a stage of any kind; the others move."""
-    model = Tiny()
-    model.embedding.weight.requires_grad_(False)
-    before = weights(model)
-    fields = dict(weight_decay=0.5, replay_dataset=ITEMS, eval_every=2, eval_fn=lambda model: 1)
-    _, after, _ = run([stage(kind, **fields)], model)
-    assert moved(before, after) == {"to_logits.weight", "to_logits.bias"}
-    assert not model.embedding.weight.requires_grad
-
-
-def test_tied_weights_stay_tied(tmp_path):
-    """Embedding and output layer, if one parameter, are still one after training, saving and resuming."""
-    stages = [stage("sft", eval_fn=lambda model: 1, eval_every=2), stage("spin"), stage("dpo")]
-    model, resumed = tie(Tiny()), tie(Tiny(seed=5))
-    trainer(tmp_path / "whole", stages, model)()
-    trainer(tmp_path / "cut", stages[:1], tie(Tiny()))()
-    trainer(tmp_path / "cut", stages, resumed)(resume=True)
-    assert model.to_logits.weight is model.embedding.weight
-    assert resumed.to_logits.weight is resumed.embedding.weight
-    same(weights(resumed), weights(model))
-    same(dict(srlm.load_checkpoint(tmp_path / "cut" / "2.dpo.pt")["model"]), weights(model))
-
-
-@every_kind
 def test_at_most_one_copy_of_the_weights_is_alive(kind):
-    """Training holds weights, gradients, the two moments of AdamW, and a copy of the best weights so far."""
+    """Training holds weights, gradients, two moments of AdamW, and one copy of the best weights."""
     counts = []
 
     def eval_fn(model):
@@ -2304,15 +2285,15 @@ class Listening(Tiny):
 
 
 def test_the_writer_sees_the_chat_template_and_the_judge_the_raw_prompt():
-    """Each sees its own template, and draws as many texts, as long and filtered as the stage's fields say."""
+    """Each sees its own template, and draws as many texts, as long and filtered as fields say."""
     writer, judge, replies = Listening(), Listening(), []
-    words = "|".join(WORDS[:4])  # the first four prompts, which give the two pairs that are asked for
-    config = srlm.RewardConfig("h{{ prompt }}g{{ response }}h", "{{ reward }}",
-                               parse_reward=lambda reply: float(len(replies.append(reply) or replies)))
-    fields = dict(n_candidates=3, n_pairs=2, max_new_tokens=2, logit_filter=only("abe"), n_judge_samples=2,
-                  max_judge_tokens=3, judge_logit_filter=only("cd"), judge_temperature=0)
-    record, = run([stage("self-reward", rewarding_model=judge, **fields)], writer,
-                  self_reward_prompt_config=config)[0]
+    words = "|".join(WORDS[:4])  # the first four prompts, which give the two pairs asked for
+    count = lambda reply: float(len(replies.append(reply) or replies))
+    config = dataclasses.replace(JUDGE, parse_reward=count)
+    fields = dict(n_candidates=3, n_pairs=2, max_new_tokens=2, logit_filter=only("abe"),
+                  n_judge_samples=2, max_judge_tokens=3, judge_logit_filter=only("cd"),
+                  judge_temperature=0, rewarding_model=judge)
+    record, = run([stage("self-reward", **fields)], writer, self_reward_prompt_config=config)[0]
     assert all(re.fullmatch(f"g({words})h[abe]?", text) for text in writer.heard)
     assert all(re.fullmatch(f"h({words})g[abe]{{2}}h[cd]{{0,2}}", text) for text in judge.heard)
     assert len(replies) == 4 * 3 * 2 and all(re.fullmatch("[cd]{3}", reply) for reply in replies)
@@ -2320,7 +2301,7 @@ def test_the_writer_sees_the_chat_template_and_the_judge_the_raw_prompt():
 
 
 def test_judges_are_picked_by_name():
-    """A stage names its judge among those of the trainer, and takes the first one if it names none."""
+    """A stage names its judge among those of the trainer; if it names none, it takes the first."""
     judged = lambda judges, name=None: run([stage("self-reward", reward_config=name)],
                                            self_reward_prompt_config=judges)[1]
     two = {"length": JUDGE, "count": OTHER_JUDGE}
@@ -2328,29 +2309,12 @@ def test_judges_are_picked_by_name():
          [judged(JUDGE), judged(JUDGE), judged(OTHER_JUDGE)])
 
 
-def test_the_device_is_where_the_model_lives(tmp_path):
-    """A trainer leaves the model where it is, or moves it to the device that it is given."""
-    assert trainer(tmp_path, [stage("sft")], model := Tiny()).model is model
-    moved = trainer(tmp_path, [stage("sft")], Tiny(), device="meta").model
-    assert {weight.device.type for weight in moved.parameters()} == {"meta"}
-
-
-@pytest.mark.parametrize("device", ["hpu", "privateuseone"])
-def test_a_device_whose_module_is_missing_is_one_line(device, capsys):
-    """A device that torch knows but cannot use is refused in one line."""
-    with pytest.raises(SystemExit):
-        srlm.main(["--device", device])
-    error = capsys.readouterr().err
-    assert device in error and len(error.splitlines()) == 1
-
-
 def test_the_stages_of_the_paper(tmp_path):
-    """A dict of arguments stands for the stages of the paper: SFT, then rounds of self-rewarding DPO."""
+    """A dict of arguments stands for SFT and two rounds of self-rewarding DPO, or more."""
     recipe = dict(sft_dataset=ITEMS, prompt_dataset=WORDS, sft=dict(steps=2),
                   dpo=dict(steps=1, max_new_tokens=4, max_judge_tokens=3))
     assert len(srlm.paper_stages(**recipe, rounds=3)) == 4
-    records = trainer(tmp_path, recipe)()
-    assert [(record["kind"], record["steps"]) for record in records] == [
+    assert [(record["kind"], record["steps"]) for record in trainer(tmp_path, recipe)()] == [
         ("sft", 2), ("self-reward", 1), ("self-reward", 1)]
     for stages in ([], [srlm.StageConfig()]):  # a StageConfig alone says nothing of what to do
         with pytest.raises(ValueError, match="one or more stage configs"):
@@ -2358,54 +2322,42 @@ def test_the_stages_of_the_paper(tmp_path):
 
 
 def test_the_built_in_model_samples_and_trains_in_bfloat16():
-    """Stages that train, write and judge run in bfloat16, and leave the weights in it."""
-    model = srlm.Transformer(srlm.ModelConfig(9, 8, 1, 1, 30), generator(0)).to(torch.bfloat16)
+    """Stages of all kinds run in bfloat16, and leave the weights in it."""
+    config = srlm.ModelConfig(9, 8, 1, 1, 30)
+    model = srlm.Transformer(config, generator(0)).to(torch.bfloat16)
     before = weights(model)
     records, after, _ = run([stage(kind, learning_rate=0.1) for kind in KINDS], model)
-    assert all(math.isfinite(record["loss"]) for record in records)
-    assert {weight.dtype for weight in after.values()} == {torch.bfloat16} and moved(before, after)
+    assert all(math.isfinite(record["loss"]) for record in records) and moved(before, after)
+    assert {weight.dtype for weight in after.values()} == {torch.bfloat16}
 
 
-class PoliteWorld:
-    """The smallest world of one's own: say "ok!", not "ok", as half of the demonstrations do."""
+class PoliteWorld(srlm.LetterWorld):
+    """A world of one's own: say "ok!", not "ok", as half of the demonstrations do."""
 
     CHAT_TEMPLATE, max_new_tokens = "{{ prompt }}>", 4
     JUDGE = srlm.RewardConfig("{{ prompt }}?{{ response }}=", "{{ reward }}", None, (0, 5))
-    eval_prompts, answers = ["ab", "ba"], ("ok!", "ok", "o", "no", "")
-
-    def prompts(self, n, purpose):
-        return ["".join(word) for word in itertools.product("cdefgh", repeat=3)][:n]
-
-    def score(self, prompt, response):
-        return {"ok!": 5, "ok": 3}.get(response, 0)
-
-    def demonstrations(self, n):
-        return [(prompt, "ok" + "!" * (zlib.crc32(prompt.encode()) % 2)) for prompt in self.prompts(n, "")]
-
-    def judgements(self, n, model, tidy):
-        answers = itertools.cycle(self.answers)
-        return [(p, r, str(self.score(p, r))) for p, r in zip(self.prompts(n, ""), answers)]
-
-    def graded_answers(self, model):
-        return [(p, r, self.score(p, r)) for p in self.eval_prompts for r in self.answers]
+    score = lambda self, prompt, response: {"ok!": 5, "ok": 3}.get(response, 0)
+    verdict = lambda self, prompt, response: str(self.score(prompt, response))
+    demonstrate = lambda self, prompt, rng: rng.choice(["ok", "ok!"])
+    make_up = lambda self, prompt, rng: rng.choice(["ok!", "ok", "o", "no", ""])
 
 
 def test_the_recipe_runs_in_a_world_of_ones_own(tmp_path, monkeypatch):
-    """The recipe improves on the demonstrations of any world, and no pair is graded with true scores."""
+    """The recipe improves on the demonstrations of any world; no true score grades a pair."""
     def generate(*args, generate=srlm.generate_preferences, **how):
-        with mock.patch.object(PoliteWorld, "score", side_effect=AssertionError("the true score was asked")):
+        with mock.patch.object(PoliteWorld, "score", failing(AssertionError("score was asked"))):
             return generate(*args, **how)
 
     monkeypatch.setattr(srlm, "generate_preferences", generate)
-    argv = ["--base-steps", "40", "--sft-steps", "150", "--dpo-steps", "30", "--demonstrations", "96",
-            "--judgements", "200", "--stage-prompts", "96", "--checkpoints", str(tmp_path), "--depth", "2"]
-    lines = srlm.train(srlm.Options.parse(argv), PoliteWorld())
-    assert [line.get("kind") for line in lines] == [None, "sft", "sft", "self-reward", "self-reward"]
-    assert lines[4]["oracle_score"] > lines[2]["oracle_score"] + 0.3
+    argv = ("--base-steps 40 --sft-steps 150 --dpo-steps 30 --demonstrations 96 --judgements 200 "
+            "--stage-prompts 96 --depth 2 --checkpoints").split()
+    lines = srlm.train(srlm.Options.parse([*argv, str(tmp_path)]), PoliteWorld(n_eval=2))
+    kinds = [line.get("kind") for line in lines]
+    assert kinds == [None, "sft", "sft", "self-reward", "self-reward"]
+    assert lines[4]["oracle_score"] > lines[2]["oracle_score"] + 0.3 and lines[2]["self_score"] > 3
 
 
 # 10. Training data --------------------------------------------------------------------------------
-
 
 class Listed(torch.utils.data.Dataset):
     """A torch Dataset: it has a length and an index, but no slices, and never raises IndexError."""
@@ -2422,56 +2374,49 @@ class Listed(torch.utils.data.Dataset):
 
 
 every_data_field = pytest.mark.parametrize("kind, field, rows", [
-    ("sft", "train_dataset", ITEMS), ("spin", "train_dataset", ITEMS), ("dpo", "pair_dataset", PAIRS),
+    ("sft", "train_dataset", ITEMS), ("spin", "train_dataset", ITEMS),
     ("self-reward", "prompt_dataset", WORDS), ("external-reward", "prompt_dataset", WORDS),
-    ("external-reward", "replay_dataset", ITEMS)])
+    ("external-reward", "replay_dataset", ITEMS), ("dpo", "pair_dataset", PAIRS)])
 
 
 @every_data_field
 def test_the_form_of_a_data_set_does_not_matter(kind, field, rows):
     """Lists, tuples, Datasets or functions, and ids of any integer type, train to the same bits."""
-    forms = [rows, tuple(rows), Listed(rows), lambda model: Listed(rows)]
+    forms = [tuple(rows), Listed(rows), lambda model: Listed(rows)]
     if rows is ITEMS:
         forms += [[(ids.tolist(), n) for ids, n in ITEMS],
                   [(ids.numpy(), np.int64(n)) for ids, n in ITEMS],
                   [(ids.int(), torch.tensor(n)) for ids, n in ITEMS]]
-    expected, *found = [run([stage(kind, **{field: form})]) for form in forms]
-    for records, trained, _ in found:
-        assert records == expected[0] and not moved(expected[1], trained)
-
-
-def test_a_data_set_may_be_a_function_of_the_model():
-    """A function that makes a data set is called when its stage begins, with the model as it is then."""
-    seen = []
-    look = lambda data: lambda model: seen.append(weights(model)) or data
-    run([stage("sft"), stage("sft", train_dataset=look(ITEMS)),
-         stage("external-reward", prompt_dataset=look(WORDS))])
-    same(seen, [run([stage("sft")])[1], run([stage("sft")] * 2)[1]])
+    records, expected, _ = run([stage(kind, **{field: rows})])
+    for form in forms:
+        found, trained, _ = run([stage(kind, **{field: form})])
+        assert found == records and not moved(trained, expected)
 
 
 pair = lambda *parts: srlm.PreferencePair(*map(torch.tensor, parts))
 ITEM = torch.tensor([1, 2, 3])
 BAD_ITEMS = [  # an entry, and what the complaint says of it
-    ("ab", "ab"), (7, "7"), (None, "None"), (ITEM, ""), ((ITEM,), ""), ((ITEM, 1, 1), ""), (("ab", 1), "ab"),
-    ({"ids": [1, 2], "prompt_len": 1}, "ids"), ((iter([1, 2, 3]), 1), ""), ((None, 1), "None"),
-    (([], 0), "0 tokens"), (([3], 0), "1 token"), (([3], 1), "1 token"), (([1, 2], 2), "2 tokens.*2"),
-    (([1, 2], 5), "2 tokens.*5"), (([1, 2], -1), "2 tokens.*-1"), (([1] * 31, 2), "31 tokens.*30"),
-    (([9, 9], 0), "9"), (([1, 2, 9], 1), "9"), (([1, -1, 2], 1), "-1"), (([1.5, 2.5], 0), "1.5"),
-    ((torch.tensor([1.0, 2.0]), 1), "1."), (([[1, 2], [3, 4]], 1), ""), ((ITEM[None], 0), ""),
-    ((ITEM, None), "None"), ((ITEM, "x"), "x"), ((ITEM, 1.5), "1.5"), ((ITEM, [1]), "1"),
-    ((ITEM, NAN), "nan"), ((ITEM, ITEM), "")]
+    ("ab", "ab"), (7, "7"), (None, "None"), (ITEM, ""), ((ITEM,), ""), ((ITEM, 1, 1), ""),
+    (("ab", 1), "ab"), ({"ids": [1, 2]}, "ids"), ((iter([1, 2, 3]), 1), ""), ((None, 1), "None"),
+    (([], 0), "0 tokens"), (([3], 0), "1 token"), (([3], 1), "1 token"), (([9, 9], 0), "9"),
+    (([1, 2], 2), "2 tokens.*2"), (([1, 2], 5), "2 tokens.*5"), (([1, 2], -1), "2 tokens.*-1"),
+    (([1] * 31, 2), "31 tokens.*30"), (([1, 2, 9], 1), "9"), (([1, -1, 2], 1), "-1"),
+    (([1.5, 2.5], 0), "1.5"), ((torch.tensor([1.0, 2.0]), 1), "1."), (([[1, 2], [3, 4]], 1), ""),
+    ((ITEM[None], 0), ""), ((ITEM, None), "None"), ((ITEM, "x"), "x"), ((ITEM, 1.5), "1.5"),
+    ((ITEM, [1]), "1"), ((ITEM, NAN), "nan"), ((ITEM, ITEM), "")]
 BAD_PROMPTS = [(b"c", "bytes"), (None, "None"), (["b"], "list"), (ITEMS[0], "tuple"), (3, "int"),
                ({"prompt": "a"}, "dict")]
-BAD_PAIRS = [("abc", "abc"), (7, "7"), (None, "None"), (dict(prompt="a", chosen="b", rejected="c"), "prompt"),
-             (pair([1], [9], [2]), "9"), (pair([1], [-1], [2]), "-1"), (pair([1], [1.5], [2]), "1.5"),
-             (pair([1], [2] * 30, [2]), "30"), (("a", "b", "b"), "equal"), (pair([1], [], [2]), "0")]
+BAD_PAIRS = [("abc", "abc"), (7, "7"), (None, "None"), (dict(prompt="a", chosen="b"), "prompt"),
+             (pair([1], [9], [2]), "9"), (pair([1], [-1], [2]), "-1"), (("a", "b", "b"), "equal"),
+             (pair([1], [1.5], [2]), "1.5"), (pair([1], [2] * 30, [2]), "30"),
+             (pair([1], [], [2]), "0")]
 
 
 @every_data_field
 def test_the_first_bad_entry_of_a_data_set_is_named(kind, field, rows):
-    """A wrong data set or entry is refused before any work, by its name, its index and the reason."""
+    """A wrong data set or entry is refused at once, by its name, its index and the reason."""
     broken = [("abc", "str"), (b"abc", "bytes"), (7, "int"), ((row for row in rows), "generator"),
-              (iter(rows), "list_iterator"), (set(WORDS), "set"), ({"a": rows[0]}, "dict"), ([], "empty")]
+              (iter(rows), "list_iterator"), (set(WORDS), "set"), ({"a": 1}, "dict"), ([], "empty")]
     bad_entries = {"prompt_dataset": BAD_PROMPTS, "pair_dataset": BAD_PAIRS}.get(field, BAD_ITEMS)
     broken += [([*rows[:3], bad, None], rf"\b3\b.*{words}") for bad, words in bad_entries]
     for dataset, words in broken:
@@ -2483,12 +2428,14 @@ def test_the_first_bad_entry_of_a_data_set_is_named(kind, field, rows):
 
 def test_a_prompt_may_be_empty():
     """An empty prompt trains as a prompt of one token does, and as loss_on_prompt does."""
-    none, one = (run([stage("sft", train_dataset=[(ids, n) for ids, _ in ITEMS])])[1] for n in (0, 1))
-    same([none, run([stage("sft", loss_on_prompt=True)])[1]], [one, one])
+    none, one = ([(ids, n) for ids, _ in ITEMS] for n in (0, 1))
+    fields = dict(train_dataset=none), dict(loss_on_prompt=True), dict(train_dataset=one)
+    found = [run([stage("sft", **field)])[1] for field in fields]
+    same(found, [found[0]] * 3)
 
 
 def test_padding_is_not_trained_on():
-    """The loss of a batch of unequal rows is the mean over their own response tokens, without padding."""
+    """The loss of a batch of unequal rows is the mean over their own response tokens alone."""
     items, model = ITEMS[:4], Tiny().double()
     expected = -sum(logp(model, ids, n) for ids, n in items) / sum(len(ids) - n for ids, n in items)
     record, = run([stage("sft", train_dataset=items, steps=1, batch_size=4)], model)[0]
@@ -2497,31 +2444,23 @@ def test_padding_is_not_trained_on():
 
 @pytest.mark.parametrize("eos_id", [0, 8])
 def test_the_loss_sees_eos(eos_id):
-    """After training on "bc" -> "ad" the model says just that, and then EOS, even if EOS is id 0."""
+    """After training on "bc" -> "ad" the model says just that, and then EOS, even if EOS is 0."""
     shift = int(eos_id == 0)  # a letter whose id is that of EOS cannot be said
-    text = dataclasses.replace(TEXT, encode=lambda text: [i + shift for i in ENCODE(text)], eos_id=eos_id)
-    model, item = Tiny(dim=8), text.item("bc", "ad")
-    run([stage("sft", train_dataset=[item], steps=80, learning_rate=0.05)], model, eos_id=eos_id)
-    said = srlm.sample(model, [text.prompt_ids("bc")], max_new_tokens=9, temperature=0, eos_id=eos_id)
-    assert said[0].tolist() == [shift, 3 + shift, eos_id]
-
-
-def test_no_item_comes_again_before_all_have_come():
-    """Of 7 items in batches of 3, none is seen twice in 2 updates, and each is seen 3 times in 7 updates."""
-    for steps in (2, 7):
-        run([stage("sft", steps=steps)], model := Watched(Tiny()))
-        texts = [ids.tolist()[:-1] for ids, _ in ITEMS]  # the model is not shown the last token
-        counts = [sum(seen[: len(text)] == text for seen in model.trained) for text in texts]
-        assert sum(counts) == 3 * steps and set(counts) <= ({0, 1} if steps == 2 else {3})
+    shifted = lambda text: [i + shift for i in ENCODE(text)]
+    text, how = dataclasses.replace(TEXT, encode=shifted, eos_id=eos_id), dict(eos_id=eos_id)
+    config = stage("sft", train_dataset=[text.item("bc", "ad")], steps=80, learning_rate=0.05)
+    run([config], model := Tiny(dim=8), **how)
+    said, = srlm.sample(model, [text.prompt_ids("bc")], max_new_tokens=9, temperature=0, **how)
+    assert said.tolist() == [shift, 3 + shift, eos_id]
 
 
 def test_training_changes_no_data():
     """No stage changes its prompts, items, pairs or judging model, or a field of its config."""
-    prompts, items, pairs, judge = list(WORDS), list(ITEMS), PAIRS + write()[0], Tiny(seed=5)
-    stages = [stage("sft", train_dataset=items), stage("spin", train_dataset=items, replay_dataset=items),
-              stage("self-reward", prompt_dataset=prompts, rewarding_model=judge),
-              stage("external-reward", prompt_dataset=prompts), stage("dpo", pair_dataset=pairs)]
-    fields, data = [dict(vars(config)) for config in stages], (prompts, items, pairs, judge)
+    data = dict(train_dataset=[*ITEMS], replay_dataset=[*ITEMS], prompt_dataset=[*WORDS],
+                pair_dataset=PAIRS + write()[0], rewarding_model=Tiny(seed=5))
+    stages = [stage(kind, **{field.name: data[field.name] for field in dataclasses.fields(make)
+                             if field.name in data}) for kind, (make, _) in KINDS.items()]
+    fields = [dict(vars(config)) for config in stages]
     before = pickle.dumps(data)  # every bit of it, and whether the judge is in training mode
     run(stages)
     assert pickle.dumps(data) == before
@@ -2532,16 +2471,17 @@ def test_training_changes_no_data():
 def test_no_function_changes_its_arguments(tmp_path):
     """A function leaves its arguments as they were, bit for bit, models and their mode included."""
     rows, model, pairs = ragged(np.random.default_rng(0), 3, 9, low=2), HashModel(9), write()[0]
-    ids, lens, logits = pad(rows, 9), torch.tensor([1, 0, 1]), torch.randn(3, 9, generator=generator(0))
+    ids, lens, logits = pad(rows, 9), torch.tensor([1, 0, 1]), torch.randn(3, 9)
     four, scores = [torch.randn(3) for _ in range(4)], np.array([[3.0, 1, 4, 1], [5, 9, 2, 6]])
     sample = functools.partial(srlm.sample, max_new_tokens=3, pad_id=9)
     for function, *arguments in [
-            (srlm.top_k, logits, 2), (srlm.top_p, logits, 0.5), (sample, model, rows), (sample, model, ids),
-            (srlm.token_logprobs, model, ids, 9), (srlm.response_mask, ids, lens, 9),
-            (srlm.sequence_logprobs, model, ids, lens, 9), (srlm.sft_loss, model, ids, lens, 9),
-            (srlm.dpo_loss, *four), (srlm.spin_loss, *four), (srlm.with_reference_logprobs, model, pairs),
+            (srlm.top_k, logits, 2), (srlm.top_p, logits, 0.5), (sample, model, rows),
+            (sample, model, ids), (srlm.token_logprobs, model, ids, 9),
+            (srlm.response_mask, ids, lens, 9), (srlm.sequence_logprobs, model, ids, lens, 9),
+            (srlm.sft_loss, model, ids, lens, 9), (srlm.dpo_loss, *four), (srlm.spin_loss, *four),
+            (srlm.with_reference_logprobs, model, pairs),
             (srlm.save_pairs, tmp_path / "pairs", pairs, srlm.TextFormat(eos_id=8)),
-            (srlm.judging_metrics, scores, scores[::-1]), (srlm.head_to_head, scores, scores[::-1])]:
+            (srlm.judging_metrics, scores, -scores), (srlm.head_to_head, scores, -scores)]:
         before = pickle.dumps(arguments)
         function(*arguments)
         assert pickle.dumps(arguments) == before, function
@@ -2549,17 +2489,17 @@ def test_no_function_changes_its_arguments(tmp_path):
 
 @given(SEEDS, st.integers(1, 6))
 def test_proposed_prompts_are_new_valid_and_counted(seed, n):
-    """The model writes new prompts, where its chat template has them, until n are valid, and counts them."""
-    found, counts = srlm.propose_prompts(
-        HashModel(9, seed % 1000), n, known=["a", "b"], text=TEXT, max_new_tokens=6, max_tries=5,
-        is_valid=lambda prompt: "c" not in prompt, generator=generator(seed))
+    """New prompts are written where the chat template has them, until n are valid, and counted."""
+    propose = functools.partial(srlm.propose_prompts, HashModel(9, seed % 1000), n)
+    found, counts = propose(known=["a", "b"], text=TEXT, max_new_tokens=6, max_tries=5,
+                            is_valid=lambda prompt: "c" not in prompt, generator=generator(seed))
     assert len(found) == len(set(found)) <= n and not {"a", "b"} & set(found)
     assert all(prompt and not set("ch") & set(prompt) for prompt in found)
     assert list(counts) == ["written", "valid", "new"]
     assert len(found) <= counts["new"] <= counts["valid"] <= counts["written"] <= 5 * n
     assert len(found) == n or counts["written"] == 5 * n
     with pytest.raises(ValueError, match="chat template"):
-        srlm.propose_prompts(HashModel(9), n, text=dataclasses.replace(TEXT, chat_template="{{ prompt }}h"))
+        propose(text=dataclasses.replace(TEXT, chat_template="{{ prompt }}h"))
 
 
 def test_mock_data_sets():
@@ -2570,17 +2510,15 @@ def test_mock_data_sets():
 
 # 11. Early stopping and history -------------------------------------------------------------------
 
-
 def early_stopping_rule(values, mode, patience):
-    """How many values are looked at, and which of them is the first best one (None: all are NaN)."""
+    """How many values are looked at, and which is the first best one (None: all are NaN)."""
     sign, best = (1 if mode == "max" else -1), None
     for i, value in enumerate(values):
         if not math.isnan(value) and (best is None or sign * value > sign * values[best]):
             best = i
-        misses = i + 1 if best is None else i - best
-        if misses == patience:
-            return i + 1, best
-    return len(values), best
+        if patience == (i + 1 if best is None else i - best):
+            break
+    return i + 1, best
 
 
 @given(st.lists(st.sampled_from([NAN, -1, 0.0, 1, 2.5]), min_size=1, max_size=7),
@@ -2588,43 +2526,32 @@ def early_stopping_rule(values, mode, patience):
        st.sampled_from([float, torch.tensor, lambda x: x]))
 @example([NAN, 1, 3, 3, 2], "max", 2, 1, float)
 def test_early_stopping_follows_its_rule(values, mode, patience, every, form):
-    """A stage ends after `patience` evaluations without a new best one, and keeps its best weights."""
-    seen, model = [], Tiny()  # seen: the weights at each evaluation
-
-    def eval_fn(model):
-        seen.append(weights(model))
-        return form(values[len(seen) - 1])
-
-    config = stage("sft", steps=every * len(values), eval_fn=eval_fn, eval_every=every, eval_mode=mode,
-                   patience=patience)
-    with tempfile.TemporaryDirectory() as folder:
-        record, = trainer(folder, [config], model)()
-        saved = srlm.load_checkpoint(Path(folder, "0.sft.pt"))["model"]
+    """A stage ends after `patience` evaluations without a new best, and keeps its best weights."""
+    seen = []  # the weights at each evaluation
+    evaluation = lambda model: seen.append(weights(model)) or form(values[len(seen) - 1])
+    (record,), trained, saved = run([stage(
+        "sft", steps=every * len(values), eval_fn=evaluation, eval_every=every, eval_mode=mode,
+        patience=patience)])
     looks, best = early_stopping_rule(values, mode, patience)
     assert len(seen) == looks and record["steps"] == every * looks
-    expected = seen[-1 if best is None else best]
-    same([weights(model), dict(saved)], [expected, expected])
+    same([trained, saved["0.sft.pt"]], [seen[-1 if best is None else best]] * 2)
 
 
 @given(st.integers(1, 9), st.integers(1, 4), st.booleans())
 def test_every_n_steps_is_n_2n_3n(steps, n, by_epochs):
-    """Evaluations and checkpoints come after n, 2n, 3n... updates; a shorter stage is evaluated once."""
-    seen, model = [], Tiny()
+    """Evaluations and checkpoints come after n, 2n, 3n... updates, or one evaluation at the end."""
+    seen, names = [], [f"0.sft.step{step}.pt" for step in range(n, steps + 1, n)]
     length = dict(steps=99, max_epochs=(3 * steps - 1) / 7) if by_epochs else dict(steps=steps)
-    config = stage("sft", checkpoint_every=n, eval_every=n, eval_mode="min",
-                   eval_fn=lambda model: seen.append(weights(model)) or 0, **length)
-    due = range(n, steps + 1, n)
-    with tempfile.TemporaryDirectory() as folder:
-        record, = trainer(folder, [config], model)()
-        assert set(os.listdir(folder)) == {f"0.sft.step{step}.pt" for step in due} | {"0.sft.pt"}
-        saved = [srlm.load_checkpoint(Path(folder, f"0.sft.step{step}.pt"))["model"] for step in due]
-    assert record["steps"] == steps
-    same([dict(state) for state in saved] or [weights(model)], seen)
+    (record,), trained, saved = run([stage(
+        "sft", checkpoint_every=n, eval_every=n, eval_mode="min",
+        eval_fn=lambda model: seen.append(weights(model)) or 0, **length)])
+    assert record["steps"] == steps and set(saved) == {"0.sft.pt", *names}
+    same([saved[name] for name in names] or [trained], seen)
 
 
 @pytest.mark.parametrize("steps", [1, 19, 20, 21, 50, 51, 100, 101, 120, 150])
 def test_the_history_has_at_most_50_points_and_averages_every_update(steps):
-    """A point of the history is the mean of the updates since the last one, a record that of the last 20."""
+    """A point is the mean of the updates since the last one, a record that of the last 20."""
     objective, losses = srlm.sft_objective(ITEMS), []
 
     def heard(model, batch):
@@ -2641,19 +2568,17 @@ def test_the_history_has_at_most_50_points_and_averages_every_update(steps):
 
 
 def test_a_stage_reports_what_dpo_loss_says():
-    """The metrics are those of dpo_loss, and the log-probabilities are changes since the stage began."""
-    pairs, start, after = [pair(p, p + [1], p[::-1] + [2]) for p in ([3, 4], [5], [6, 7, 0])], Tiny(), Tiny()
+    """The metrics are those of dpo_loss; log-probabilities are changes since the stage began."""
+    pairs = [pair(p, p + [1], p[::-1] + [2]) for p in ([3, 4], [5], [6, 7, 0])]
     config = stage("dpo", pair_dataset=pairs, steps=2, learning_rate=0.05, warmup=0, beta=0.7)
-    first, second = run([config])[0][0]["history"]
-    run([dataclasses.replace(config, steps=1)], after)  # the weights after one update
-    close([first[key] for key in ("loss", "reward_margin", "chosen_logprob")], [math.log(2), 0, 0], 1e-6)
-    now, then = srlm.pair_logprobs(after, pairs), srlm.pair_logprobs(start, pairs)
+    keys = "loss", "reward_margin", "chosen_logprob", "rejected_logprob", "reward_accuracy"
+    first, second = ([point[key] for key in keys] for point in run([config])[0][0]["history"])
+    close(first[:4], [math.log(2), 0, 0, 0], 1e-6)
+    run([dataclasses.replace(config, steps=1)], after := Tiny())  # the weights after one update
+    now, then = srlm.pair_logprobs(after, pairs), srlm.pair_logprobs(Tiny(), pairs)
     losses, chosen, rejected = srlm.dpo_loss(*now, *then, beta=0.7)
-    close(second["loss"], losses.mean(), 1e-5)
-    close(second["reward_accuracy"], (chosen > rejected).double().mean(), 1e-6)
-    close(second["reward_margin"], (chosen - rejected).mean(), 1e-4)
-    close(second["chosen_logprob"], (now[0] - then[0]).mean(), 1e-4)
-    close(second["rejected_logprob"], (now[1] - then[1]).mean(), 1e-4)
+    expected = losses, chosen - rejected, now[0] - then[0], now[1] - then[1], chosen > rejected
+    close(second, torch.stack([values.double().mean() for values in expected]), 1e-4)
 
 
 # 12. Checkpoints and resuming ---------------------------------------------------------------------
@@ -2664,47 +2589,36 @@ def except_at(call, good, bad):
     return lambda *args, **how: (bad if next(calls) == call else good)(*args, **how)
 
 
-failing = lambda error: mock.Mock(side_effect=error)
 draw = lambda model: {"draw": float(torch.rand(())), "weight": float(model.embedding.weight.sum())}
 EVERY_KIND = [stage(kind, replay_dataset=ITEMS) for kind in KINDS]
 undisturbed = functools.cache(lambda: run(EVERY_KIND, evaluate=draw))
 
 
-@functools.cache
-def older_run():
-    """The files, as bytes, of a run with another seed."""
-    with tempfile.TemporaryDirectory() as folder:
-        trainer(folder, EVERY_KIND[:3], seed=7)()
-        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("at", range(len(KINDS)))
-@pytest.mark.parametrize("where, what, words", [  # which function does what instead, and what is complained
+@pytest.mark.parametrize("where, what, words", [  # a function, what it does instead, the complaint
     ("fit", failing(KeyboardInterrupt), None), ("report", failing(KeyboardInterrupt), None),
     ("evaluate", failing(KeyboardInterrupt), None), ("evaluate", failing(RuntimeError("no")), "no"),
     ("evaluate", lambda model: None, None), ("evaluate", lambda model: 7, None),
     ("evaluate", lambda model: {"x": {1}}, r"stage \d \(.*\).*\{1\}.*JSON"),
     ("evaluate", lambda model: {(1, 2): 3}, r"stage \d \(.*\).*JSON"),
-    ("fsync", failing(OSError(errno.ENOSPC, "No space left")), r"cannot write .*\.pt: No space left")])
-def test_a_run_that_broke_off_resumes_to_the_same_bits(where, what, words, at, overwrite, tmp_path):
-    """A resume goes on after the last finished stage of the last run, and ends as if nothing had happened."""
-    records, expected, files = undisturbed()
+    ("fsync", failing(OSError(errno.ENOSPC, "No space left")), r"cannot write .*\.pt: No space")])
+def test_a_run_that_broke_off_resumes_to_the_same_bits(where, what, words, at, tmp_path):
+    """A resume goes on after the last finished stage, and ends as if nothing had happened."""
+    records, expected, saved = undisturbed()
+    files = list(saved)
     functions = dict(fit=srlm.fit, fsync=os.fsync, report=lambda record: None, evaluate=draw)
-    call = 2 * at if where == "fsync" else at  # a stage is saved twice: before and after its evaluation
+    call = 2 * at if where == "fsync" else at  # a stage is saved before and after its evaluation
     functions[where] = except_at(call, functions[where], what)
-    for name, content in older_run().items() if overwrite else ():
-        (tmp_path / name).write_bytes(content)
-    broken = trainer(tmp_path, EVERY_KIND, evaluate=functions["evaluate"], report=functions["report"])
-    with (mock.patch.object(srlm, "fit", functions["fit"]),
-          mock.patch.object(os, "fsync", functions["fsync"]),
+    fit, fsync, report, evaluate = functions.values()
+    with (mock.patch.object(srlm, "fit", fit), mock.patch.object(os, "fsync", fsync),
           pytest.raises((Exception, KeyboardInterrupt), match=words)):
-        broken(overwrite_checkpoints=overwrite)
+        trainer(tmp_path, EVERY_KIND, evaluate=evaluate, report=report)()
     finished = at + (where in ("evaluate", "report"))
     assert sorted(os.listdir(tmp_path)) == files[:finished]
     model, reports = Tiny(seed=77 if finished else 0), []
     with mock.patch.object(srlm, "fit", wraps=srlm.fit) as fit:
-        found = trainer(tmp_path, EVERY_KIND, model, evaluate=draw, report=reports.append)(resume=True)
+        resumed = trainer(tmp_path, EVERY_KIND, model, evaluate=draw, report=reports.append)
+        found = resumed(resume=True)
     assert fit.call_count == len(KINDS) - finished and sorted(os.listdir(tmp_path)) == files
     assert timeless(found) == timeless(reports) == records and not moved(weights(model), expected)
     assert timeless(srlm.load_checkpoint(tmp_path / files[-1])["records"]) == records
@@ -2714,19 +2628,17 @@ def test_a_run_that_broke_off_resumes_to_the_same_bits(where, what, words, at, o
 @settings(max_examples=4)
 @given(st.lists(st.floats(0, 0.4), min_size=1, max_size=3), SEEDS)
 def test_a_run_that_was_killed_again_and_again_ends_in_the_same_bits(delays, seed):
-    """Whenever a run is killed, and however often, its files are whole and a resume ends in the same bits."""
+    """Whenever and however often a run is killed, files are whole, and a resume ends as one run."""
     records, expected, _ = run(EVERY_KIND, seed=seed)
     with tempfile.TemporaryDirectory() as parent:
-        folder = Path(parent, "new")
+        folder, fork = Path(parent, "new"), multiprocessing.get_context("fork")
         for delay in delays:
-            if (pid := os.fork()) == 0:
-                try:
-                    trainer(folder, EVERY_KIND, seed=seed)(resume=True)
-                finally:
-                    os._exit(0)
+            work = trainer(folder, EVERY_KIND, seed=seed)
+            process = fork.Process(target=work, kwargs=dict(resume=True))
+            process.start()
             time.sleep(delay)
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+            process.kill()
+            process.join()
         for path in folder.glob("*.pt"):
             srlm.load_checkpoint(path)
         found = trainer(folder, EVERY_KIND, model := Tiny(), seed=seed)(resume=True)
@@ -2734,12 +2646,11 @@ def test_a_run_that_was_killed_again_and_again_ends_in_the_same_bits(delays, see
 
 
 class Bomb:
-    def __reduce__(self):
-        return os.mkdir, ("exploded",)
+    __reduce__ = lambda self: (os.mkdir, ("exploded",))
 
 
 def test_a_damaged_checkpoint_is_named_and_left_alone(tmp_path, monkeypatch):
-    """A damaged file is to be deleted, says the error, a foreign one is named, and no code in it runs."""
+    """A damaged file is to be deleted, a foreign one is named, and no code in a file runs."""
     monkeypatch.chdir(tmp_path)
     torch.save({"format": "srlm 2", "model": Bomb()}, "bomb.pt")
     torch.save({"weights": torch.zeros(1)}, "other.pt")
@@ -2755,97 +2666,95 @@ def test_a_damaged_checkpoint_is_named_and_left_alone(tmp_path, monkeypatch):
             with pytest.raises(ValueError, match=words):
                 read(path)
         assert path.read_bytes() == content and not os.path.exists("exploded")
-    with pytest.raises(ValueError, match="missing.pt"):
-        srlm.load_model("missing.pt")
 
 
 def test_a_loss_that_is_not_finite_stops_with_stage_and_step(tmp_path):
-    """A loss of NaN ends the run with the number and kind of the stage, and leaves the stages before it."""
+    """A loss of NaN is an error that names the stage, and a resume may go on with another one."""
     loss_fn = except_at(1, srlm.dpo_loss, lambda *logprobs, beta: [logprobs[2] * NAN] * 3)
     with pytest.raises(ValueError, match=r"stage 1 \(dpo\): step 2: .*nan"):
         trainer(tmp_path, [stage("sft"), stage("dpo", loss_fn=loss_fn)])()
     assert os.listdir(tmp_path) == ["0.sft.pt"]
+    records = trainer(tmp_path, [stage("sft"), stage("spin", steps=5)])(resume=True)
+    assert [record["steps"] for record in records] == [3, 5]
 
 
-FOREIGN = ["mine.pt", "0.mine.pt", "0.sft.txt", "x0.sft.pt", "0.sft.pt.damaged"]  # no names of srlm's
+contents = lambda folder: {path.name: path.read_bytes() for path in folder.iterdir()}
+FOREIGN = ["mine.pt", "0.mine.pt", "0.sft.txt", "x0.sft.pt", "0.sft.pt.damaged"]  # not srlm's names
 
 
 @pytest.mark.parametrize("overwrite, clear", [(False, "0"), (True, "0"), (False, "1")])
 def test_checkpoints_are_never_overwritten_unasked(overwrite, clear, tmp_path, monkeypatch):
-    """Checkpoints of an older run are an error or, if asked for, are all removed, and no other file is."""
+    """Older checkpoints are an error or, if asked for, all removed; no other file is."""
     trainer(tmp_path, [stage("sft", checkpoint_every=1), stage("spin"), stage("dpo")])()
     (tmp_path / "0.sft.pt").unlink()
     for name in [*FOREIGN, "7.self-reward.pt", "metrics.jsonl"]:
         (tmp_path / name).write_text("mine")
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.setenv("SRLM_CLEAR_CHECKPOINTS", clear)
-    again, new = trainer(tmp_path, [stage("sft"), stage("spin")], Tiny(seed=1)), {"0.sft.pt", "1.spin.pt"}
+    stages, before = [stage("sft"), stage("spin")], contents(tmp_path)
+    again = trainer(tmp_path, stages, Tiny(seed=1))
     if overwrite or clear == "1":
         again(overwrite_checkpoints=overwrite)
-        kept = set(FOREIGN) if overwrite else {*FOREIGN, "metrics.jsonl"}  # these are of the old run
+        kept = set(FOREIGN) if overwrite else {*FOREIGN, "metrics.jsonl"}  # of the old run
+        after = contents(tmp_path)
+        assert set(after) == {*kept, "0.sft.pt", "1.spin.pt"}
+        assert {name for name in after if after[name] == before.get(name)} == kept
     else:
         with pytest.raises(ValueError, match="exists"):
             again()
-        kept, new = set(before), set()
-    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert set(after) == kept | new and all(after[name] == before[name] for name in kept)
-    assert "1.spin.pt" in kept or after["1.spin.pt"] != before["1.spin.pt"]
+        assert contents(tmp_path) == before
 
 
-def two_stages(folder, *, train_dataset=ITEMS, steps=3, learning_rate=0.001, prompt_dataset=WORDS,
-               replay_dataset=ITEMS, reward_config=JUDGE, settings={"data": "mine"}, **how):
-    sft = stage("sft", train_dataset=train_dataset, steps=steps, learning_rate=learning_rate)
-    later = stage("self-reward", prompt_dataset=prompt_dataset, replay_dataset=replay_dataset,
-                  reward_config=reward_config)
-    return trainer(folder, [sft, later], settings=settings, **how)
+def two_stages(folder, sft={}, later={}, **how):
+    later = {"replay_dataset": ITEMS, "reward_config": JUDGE, **later}
+    stages = [stage("sft", **sft), stage("self-reward", **later)]
+    return trainer(folder, stages, **{"settings": {"data": "mine"}, **how})
+
+
+IDS, LENGTH = ITEMS[0]
+LISTED = Listed([(ids.tolist(), n) for ids, n in ITEMS])
 
 
 LATER_JUDGE = dataclasses.replace(JUDGE, prompt_template="{{ prompt }}b{{ response }}")
 
 
 @pytest.mark.parametrize("changed, words", [
-    (dict(train_dataset=ITEMS[1:]), "train_dataset"),
-    (dict(train_dataset=ITEMS[::-1]), "train_dataset"),
-    (dict(train_dataset=[(ITEMS[0][0].flip(0), ITEMS[0][1]), *ITEMS[1:]]), "train_dataset"),
-    (dict(train_dataset=[(ITEMS[0][0], 1), *ITEMS[1:]]), "train_dataset"),
-    (dict(learning_rate=0.5), "learning_rate = 0.001, not 0.5"), (dict(steps=4), "steps = 3, not 4"),
-    (dict(prompt_dataset=["b", *WORDS[1:]]), "prompt_dataset"),
-    (dict(replay_dataset=ITEMS[:3]), "replay_dataset"), (dict(reward_config=LATER_JUDGE), "reward_config"),
+    (dict(sft=dict(train_dataset=LISTED), later=dict(replay_dataset=LISTED)), None),
+    (dict(later=dict(prompt_dataset=tuple(WORDS))), None),  # the same data in another form
+    (dict(sft=dict(train_dataset=ITEMS[1:])), "train_dataset"),
+    (dict(sft=dict(train_dataset=ITEMS[::-1])), "train_dataset"),
+    (dict(sft=dict(train_dataset=[(IDS.flip(0), LENGTH), *ITEMS[1:]])), "train_dataset"),
+    (dict(sft=dict(train_dataset=[(IDS, 1), *ITEMS[1:]])), "train_dataset"),
+    (dict(sft=dict(learning_rate=0.5)), "learning_rate = 0.001, not 0.5"),
+    (dict(sft=dict(steps=4)), "steps = 3, not 4"),
+    (dict(later=dict(prompt_dataset=["b", *WORDS[1:]])), "prompt_dataset"),
+    (dict(later=dict(replay_dataset=ITEMS[:3])), "replay_dataset"),
+    (dict(later=dict(reward_config=LATER_JUDGE)), "reward_config"),
     (dict(self_reward_prompt_config=LATER_JUDGE), "judge"),
     (dict(self_reward_prompt_config=dataclasses.replace(JUDGE, reward_range=(0, 9))), "judge"),
     (dict(chat_template="f{{ prompt }}h"), "f{{ prompt }}h"), (dict(eos_id=7), "eos_id"),
     (dict(eos_id=None), "eos_id"), (dict(settings={"data": "other"}), "data = 'mine', not 'other'"),
     (dict(seed=5), "seed = 0, not 5")])
 def test_a_resume_of_another_run_is_refused(changed, words, tmp_path):
-    """A resume with other data, settings or judges names the difference, trains nothing, changes no file."""
-    two_stages(tmp_path)()
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=r"\.pt.*" + re.escape(words)):
-        two_stages(tmp_path, **changed)(resume=True)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_equal_data_in_another_form_and_later_stages_may_change(tmp_path):
-    """A resume is taken with equal data in another form, and with other stages after the finished ones."""
+    """A resume with other data, settings or judges names the difference and changes no file."""
     records = two_stages(tmp_path)()
-    items = Listed([(ids.tolist(), n) for ids, n in ITEMS])
-    again = two_stages(tmp_path, train_dataset=items, replay_dataset=items, prompt_dataset=tuple(WORDS))
-    assert again(resume=True) == records
-    (tmp_path / "1.self-reward.pt").unlink()
-    stages = [stage("sft"), stage("spin", steps=5)]
-    records = trainer(tmp_path, stages, settings={"data": "mine"})(resume=True)
-    assert [record["steps"] for record in records] == [3, 5]
+    before, again = contents(tmp_path), two_stages(tmp_path, **changed)
+    if words is None:
+        assert again(resume=True) == records
+    else:
+        with pytest.raises(ValueError, match=r"\.pt.*" + re.escape(words)):
+            again(resume=True)
+        assert contents(tmp_path) == before
 
 
 def test_a_model_is_loaded_as_it_was_saved(tmp_path):
-    """A saved Transformer is loaded with shape and weights; weights of another shape or model are refused."""
-    model = srlm.Transformer(srlm.ModelConfig(9, 8, 1, 1, 30), generator(0))
-    trainer(tmp_path, [stage("sft")], model)()
-    loaded, ids = srlm.load_model(tmp_path / "0.sft.pt"), torch.tensor([[1, 2, 3]])
-    assert loaded.config == model.config and not loaded.training
+    """A Transformer is loaded with shape and weights; other shapes or models are refused."""
+    config, ids = srlm.ModelConfig(9, 8, 1, 1, 30), torch.tensor([[1, 2, 3]])
+    trainer(tmp_path, [stage("sft")], model := srlm.Transformer(config))()
+    loaded = srlm.load_model(tmp_path / "0.sft.pt")
+    assert loaded.config == config and not loaded.training
     same(loaded(ids), model(ids))
-    wider = srlm.Transformer(srlm.ModelConfig(9, 8, 1, 1, 30, mlp_ratio=3), generator(0))
-    with pytest.raises(ValueError, match=r"0\.sft\.pt holds weights of another model.*ratio.*size mismatch"):
+    wider = srlm.Transformer(dataclasses.replace(config, mlp_ratio=3))
+    with pytest.raises(ValueError, match=r"0\.sft\.pt holds weights of another .*ratio.*mismatch"):
         trainer(tmp_path, [stage("sft"), stage("spin")], wider)(resume=True)
     trainer(tmp_path / "tiny", [stage("sft")])()
     with pytest.raises(ValueError, match="another kind of model"):
@@ -2853,35 +2762,27 @@ def test_a_model_is_loaded_as_it_was_saved(tmp_path):
 
 
 # Jobs: programs that run in the background --------------------------------------------------------
-# A program that takes more than a few seconds is a job. When pytest starts, the fixture looks which
-# jobs the selected tests need, and two threads run them in their order, each in a process and
-# a folder of its own, while pytest works through the other tests. A test says with @needs which jobs
-# it needs, and job(name) waits for the end of one and returns its folder and output.
+# A program that takes more than a few seconds is a job. @needs says which job a test needs. Two
+# threads run those of the selected tests, in their order, each in a process and a folder of its
+# own, beside pytest. job(name) waits for the end of one and returns its folder and output.
 
 HERE, SCRIPT = Path(__file__).resolve().parent, Path(srlm.__file__).resolve()
-PATHS = [str(SCRIPT.parent), str(HERE), os.environ.get("PYTHONPATH", "")]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, PATHS))}
-
-
-def calls(function):
-    """The arguments with which python calls a function of this file."""
-    return ["-c", f"import {Path(__file__).stem} as tests; tests.{function}()"]
-
-
-TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2 --no-python".split() + [sys.executable]
+PATHS = [str(SCRIPT.parent), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(PATHS)}
+calls = lambda function: ["-c", f"import {Path(__file__).stem} as tests; tests.{function}()"]
+TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2 --no-python".split()
 JOBS = {  # in the order in which they run; arguments of python
     "quick": [SCRIPT, "--quick", "--checkpoints", "run"],
-    "together": TORCHRUN + calls("train_until_one_dies"),
-    "resumed": calls("resume_the_quick_run"),
+    "together": [*TORCHRUN, sys.executable, *calls("train_until_one_dies")],
     "readme": calls("run_the_readme"),
     "notebook": calls("run_the_notebook"),
     "grader": calls("try_the_grader"),
     "faults": [Path(__file__).resolve(), "faults"]}
 
 
-def needs(*names):
+def needs(name):
     def mark(test):
-        test.jobs = names
+        test.job = name
         return test
     return mark
 
@@ -2891,8 +2792,6 @@ def job(request, tmp_path_factory):
     base, running, started = tmp_path_factory.mktemp("jobs"), [], {}
 
     def work(name):
-        if name == "resumed":
-            started["quick"].result()  # it goes on with that run
         (base / name).mkdir()
         with open(base / name / "output", "wb") as output:
             process = subprocess.Popen(
@@ -2904,15 +2803,15 @@ def job(request, tmp_path_factory):
             process.terminate()
 
     def finished(name, expected_code=0):
-        code, output = started[name].result(), (base / name / "output").read_text("utf-8", "replace")
+        code = started[name].result()
+        output = (base / name / "output").read_text("utf-8", "replace")
         assert code == expected_code, f"{name}: exit code {code}, output ...\n{output[-3000:]}"
         return base / name, output
 
     tests = [getattr(item, "function", None) for item in request.session.items]
-    needed = {name for test in tests for name in getattr(test, "jobs", ())}
+    needed = {getattr(test, "job", None) for test in tests}
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        for name in (name for name in JOBS if name in needed):
-            started[name] = threads.submit(work, name)
+        started |= {name: threads.submit(work, name) for name in JOBS if name in needed}
         yield finished
         threads.shutdown(wait=False, cancel_futures=True)  # matters where pytest stops early
         for process in running:
@@ -2923,81 +2822,76 @@ def job(request, tmp_path_factory):
 
 read_rows = lambda path: srlm.read_jsonl(path, ["prompt", "score"])
 read_pairs = lambda path: srlm.load_pairs(path, TEXT)
+GOOD = '{"prompt": "a", "chosen": "b", "rejected": ""}'
 
 
 def test_saved_pairs_are_read_back(tmp_path):
-    """A pair file gives back the same tokens and rewards, and shows the texts that they stand for."""
-    pairs, _ = write()
-    path = tmp_path / "brand" / "new" / "pairs.jsonl"
+    """A pair file gives back the same tokens and rewards, and shows the texts they stand for."""
+    pairs, path = write()[0], tmp_path / "brand" / "new" / "pairs.jsonl"
     srlm.save_pairs(path, pairs, TEXT)
     assert os.listdir(path.parent) == ["pairs.jsonl"]
-    found = srlm.load_pairs(path, TEXT)
-    assert all(isinstance(pair, srlm.PreferencePair) for pair in found)
-    same([list(pair) for pair in found], [list(pair) for pair in pairs])
+    for found, pair in zip(srlm.load_pairs(path, TEXT), pairs, strict=True):
+        same(found._asdict(), pair._asdict())
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row, pair in zip(rows, pairs, strict=True):
         assert row == {
-            "prompt": DECODE(pair.prompt), "chosen": DECODE(pair.chosen), "rejected": DECODE(pair.rejected),
-            "score_chosen": pair.chosen_reward, "score_rejected": pair.rejected_reward,
-            "chosen_ended": 8 in pair.chosen, "rejected_ended": 8 in pair.rejected}
+            "prompt": DECODE(pair.prompt), "score_chosen": pair.chosen_reward,
+            "chosen": DECODE(pair.chosen), "score_rejected": pair.rejected_reward,
+            "rejected": DECODE(pair.rejected), "chosen_ended": 8 in pair.chosen,
+            "rejected_ended": 8 in pair.rejected}
     assert {row["chosen_ended"] for row in rows} == {True, False}  # some were cut off
-    path.write_text(path.read_text()[:-3])  # as a full disk would leave it
-    with pytest.raises(ValueError, match=f"pairs.jsonl, line {len(pairs)}"):
-        srlm.load_pairs(path, TEXT)
 
 
 def test_other_files_are_read(tmp_path):
-    """A pair file of other tools needs three texts, and rows have their fields in the order asked for."""
+    """A pair file of other tools needs three texts; rows have their fields in the order asked."""
     path = tmp_path / "others.jsonl"
     path.write_text('{"prompt": "a", "chosen": "b", "rejected": "", "source": 1}\n')
     pair, = srlm.load_pairs(path, TEXT)  # answers count as ended, and a missing score is NaN
-    assert [ids.tolist() for ids in pair[:3]] == [[0], [1, 8], [8]] and math.isnan(pair.chosen_reward)
+    same(list(pair[:4]), [*map(torch.tensor, ([0], [1, 8], [8])), NAN])
     path.write_text('{"score": 4.5, "prompt": "ä", "response": "b"}\n\n'
                     '{"prompt":"c","response":"d","score":0}', encoding="utf-8")
-    assert srlm.read_jsonl(path, ["prompt", "response", "score"]) == [("ä", "b", 4.5), ("c", "d", 0)]
+    rows = srlm.read_jsonl(path, ["prompt", "response", "score"])
+    assert rows == [("ä", "b", 4.5), ("c", "d", 0)]
 
 
 @pytest.mark.parametrize("read, line, reason", [
-    (read_rows, "{", "Expecting"), (read_rows, "[1]", "not an object"),
+    *((read, *row) for read in (read_rows, read_pairs)
+      for row in (("{", "Expecting"), ("[1]", "not an object"))),
     (read_rows, '{"prompt": "a"}', "no field 'score'"),
     (read_rows, '{"prompt": "a", "score": 1, "x": 1}', "unknown field 'x'"),
     (read_rows, '{"prompt": 3, "score": 1}', "prompt is 3"),
     (read_rows, '{"prompt": " ", "score": 1}', "prompt is ' '"),
     *((read_rows, f'{{"prompt": "a", "score": {score}}}', "score is ")
       for score in ("6", "-1", '"1"', "true", "NaN")),
-    (read_pairs, "{", "Expecting"), (read_pairs, "[1]", "not an object"),
     (read_pairs, '{"prompt": "a"}', "chosen is None"),
-    (read_pairs, '{"prompt": "a", "chosen": "b", "rejected": 1}', "rejected is 1"),
-    (read_pairs, '{"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": "x"}', "score_chosen is")])
+    (read_pairs, GOOD.replace('""', "1"), "rejected is 1"),
+    (read_pairs, GOOD.replace("}", ', "score_chosen": "x"}'), "score_chosen is")])
 def test_an_error_in_a_file_names_file_line_and_reason(read, line, reason, tmp_path):
     """A line that cannot be used is an error that says which file, which line, and why."""
-    good = {read_rows: '{"prompt": "a", "score": 1}',
-            read_pairs: '{"prompt": "a", "chosen": "b", "rejected": ""}'}[read]
+    good = '{"prompt": "a", "score": 1}' if read is read_rows else GOOD
     (tmp_path / "bad.jsonl").write_text(f"{good}\n{line}\n")
     with pytest.raises(ValueError, match=f"bad.jsonl, line 2: .*{reason}"):
         read(tmp_path / "bad.jsonl")
 
 
 @pytest.mark.parametrize("read", [read_rows, read_pairs])
-@pytest.mark.parametrize("content", [None, b"\n\n", b'{"prompt": "\xff"}'])
+@pytest.mark.parametrize("content", ["missing", b"\n\n", b'{"prompt": "\xff"}'])
 def test_a_file_without_a_line_is_refused(read, content, tmp_path):
     """A file that is missing, empty, or not UTF-8 is an error that names it."""
-    if content is not None:
+    if content != "missing":
         (tmp_path / "bad.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match="bad.jsonl"):
         read(tmp_path / "bad.jsonl")
 
 
-SHORT = ("--base-steps 1 --sft-steps 1 --dpo-steps 1 --demonstrations 40 --judgements 8 --stage-prompts 4 "
-         "--eval-prompts 3").split()
+SHORT = ("--base-steps 1 --sft-steps 1 --dpo-steps 1 --demonstrations 40 --judgements 8 "
+         "--stage-prompts 4 --eval-prompts 3").split()
 SMALL = [*SHORT, "--dim", "8", "--depth", "1"]
 HELD_OUT = lambda prompt: zlib.crc32(prompt.encode()) % 10 == 0
 SAY = [f"say {i}" for i in range(60)]  # "say 1" is not held out
 LEARNED = [prompt for prompt in SAY if not HELD_OUT(prompt)]
-
-
-def rows(prompts, **fields):
-    return [{"prompt": prompt, **fields} for prompt in prompts]
+rows = lambda prompts, **fields: [{"prompt": prompt, **fields} for prompt in prompts]
+YES = rows(SAY, response="yes")
 
 
 def own_files(folder, **files):
@@ -3013,8 +2907,8 @@ def own_files(folder, **files):
 def own_data(*argv, **files):
     """The world that a command line makes of files of rows."""
     with tempfile.TemporaryDirectory() as folder:
-        options = srlm.Options.parse(["--stages", "sft", *map(str, argv), *own_files(folder, **files)])
-        return srlm.OwnData(options)
+        argv = ["--stages", "sft", *map(str, argv), *own_files(folder, **files)]
+        return srlm.OwnData(srlm.Options.parse(argv))
 
 
 def refused(capsys, *argv):
@@ -3027,82 +2921,77 @@ def refused(capsys, *argv):
     return error
 
 
-YES = rows(SAY, response="yes")
 SOME = st.lists(st.sampled_from(SAY), max_size=20)
 
 
-@given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=5).filter(str.strip), max_size=20),
-       SOME, SOME, st.integers(1, 10))
+@given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=5).filter(str.strip),
+                max_size=20), SOME, SOME, st.integers(1, 10))
 @settings(max_examples=15)
 def test_what_is_measured_was_in_no_file_trained_on(others, judged, prompts, n):
-    """A prompt is held out of all files or of none, with all its answers; five rows a prompt are measured."""
+    """A prompt is held out of all files or of none; five rows a prompt are measured."""
     files = dict(sft=YES + rows(judged + others, response="r"),
                  judged=rows([*judged, *SAY[::9], *SAY[:40]], response="r", score=2))
-    if prompts:
-        files["prompts"] = rows([*prompts, *others, "say 1"])
+    files |= {"prompts": rows([*prompts, *others, "say 1"])} if prompts else {}
     world = own_data("--eval-prompts", n, **files)
-
-    def part(flag, held_out):
-        return [row["prompt"] for row in files.get(flag, []) if HELD_OUT(row["prompt"]) == held_out]
-
+    part = lambda flag, held_out: [
+        row["prompt"] for row in files[flag] if HELD_OUT(row["prompt"]) == held_out]
     first = lambda table: [row[0] for row in table]
     assert first(world.demonstrations(9)) == part("sft", False)
     assert first(world.judgements(9, None, False)) == part("judged", False)
     assert first(world.held_out) == part("sft", True)[: 5 * n]
     assert first(world.graded_answers(None)) == part("judged", True)[: 5 * n]
     assert world.eval_prompts == list(dict.fromkeys(first(world.held_out)))[:n]
-    assert sorted(world.prompts(10**6, "x")) == sorted({*(part("prompts", False) or part("sft", False))})
+    drawn, flag = world.prompts(10**6, "x"), "prompts" if prompts else "sft"
+    assert sorted(drawn) == sorted(set(part(flag, False)))
 
 
-@given(st.lists(st.one_of(st.floats(0, 5), st.integers(0, 5), st.floats(-12, 0).map(lambda x: 10**x)),
+@given(st.lists(st.floats(0, 5) | st.integers(0, 5) | st.floats(-12, 0).map(lambda x: 10**x),
                 min_size=1, max_size=20))
 @example([1e-5, 1e-4, 9e-5, 1.5e-7, 5, 0, 4.5])
 def test_judged_scores_come_back_from_their_verdicts(scores):
-    """The score in the file is the score that is read from the verdict that the model learns to write."""
-    judged = [{"prompt": p, "response": "no", "score": score} for p, score in zip(LEARNED, scores)]
+    """The score in the file is what is read from the verdict that the model learns to write."""
+    judged = [dict(prompt=p, response="no", score=score) for p, score in zip(LEARNED, scores)]
     world = own_data("--max-seq-len", 2000, sft=YES, judged=judged)
     verdicts = [verdict for _, _, verdict in world.judgements(9, None, False)]
     close([world.JUDGE.parse(verdict) for verdict in verdicts], scores, 1e-12)
 
 
 def test_every_answer_leaves_the_judge_room():
-    """The longest prompt, the longest answer that the model may write, and a verdict just fit the model."""
+    """The longest prompt, the longest answer that can be written, and a verdict just fit."""
     long, short = "p" * 50, "p"  # neither is held out
-    lines = [*YES, *rows([long], response="r"), *rows([short], response="r" * 50)]
-    world = own_data("--max-seq-len", 80, sft=lines)
+    world = own_data("--max-seq-len", 80, sft=[
+        *YES, *rows([long], response="r"), *rows([short], response="r" * 50)])
     asked = world.JUDGE.render(long, "r" * (world.max_new_tokens - 1))  # without EOS
     assert len(asked + "= 0.25") + len(["EOS"]) == 80
     assert own_data(sft=YES).max_new_tokens == len("yes") + len(["EOS"])
 
 
+@pytest.mark.filterwarnings("error")
 def test_what_a_tokenizer_may_lose_is_a_warning(tmp_path):
-    """A foreign tokenizer with the EOS id of srlm's own, and pairs whose prompts are not what they were once
-    they are decoded and encoded, are warned of. Others are not."""
+    """Prompts that decoding changes, and a foreign tokenizer with srlm's EOS, are warned of."""
     no_digits = lambda ids: re.sub("[0-9]", "", srlm.decode(ids))
     pair = srlm.PreferencePair(torch.tensor(srlm.encode("> 1 + 2\n")), *torch.tensor([[97], [98]]))
-    trainer = lambda **how: srlm.SelfRewardingTrainer(Tiny(), [stage("sft")], checkpoints_folder=tmp_path, **how)
+    save = lambda **how: srlm.save_pairs(tmp_path / "pairs.jsonl", [pair], srlm.TextFormat(**how))
+    make = functools.partial(srlm.SelfRewardingTrainer, Tiny(), [stage("sft")])
     with pytest.warns(UserWarning, match="pairs.jsonl.*lose tokens"):
-        srlm.save_pairs(tmp_path / "pairs.jsonl", [pair], srlm.TextFormat(decode=no_digits))
+        save(decode=no_digits)
     with pytest.warns(UserWarning, match="eos_id=256.*your tokenizer"):
-        trainer(tokenizer_encode=lambda text: [1] * len(text))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        srlm.save_pairs(tmp_path / "pairs.jsonl", [pair], srlm.TextFormat())
-        trainer(tokenizer_encode=lambda text: [1] * len(text), eos_id=8)
-        trainer()
+        make(tokenizer_encode=ENCODE)
+    save()
+    make(tokenizer_encode=ENCODE, eos_id=8)
+    make()
 
 
+@pytest.mark.filterwarnings("error")
 def test_each_stage_draws_some_of_your_prompts():
-    """The draws depend on seed and stage, miss no prompt for good, and a warning counts what is left out."""
+    """Draws depend on seed and stage, miss no prompt for good, and a warning says how many."""
     with pytest.warns(UserWarning, match=rf"\b20 of {len(LEARNED)}\b"):
-        zero, again, one = (own_data("--seed", seed, "--stage-prompts", 20, sft=YES) for seed in (0, 0, 1))
-    assert zero.prompts(20, "stage 2") == again.prompts(20, "stage 2")
-    assert set(zero.prompts(20, "stage 2")) != set(one.prompts(20, "stage 2"))
-    assert set(zero.prompts(20, "stage 2")) != set(zero.prompts(20, "stage 3"))
-    assert {prompt for i in range(30) for prompt in zero.prompts(20, f"stage {i}")} == set(LEARNED)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        own_data("--stage-prompts", len(LEARNED), sft=YES)
+        worlds = [own_data("--seed", seed, "--stage-prompts", 20, sft=YES) for seed in (0, 0, 1)]
+    zero, again, one = (world.prompts(20, "stage 2") for world in worlds)
+    assert zero == again and set(zero) != set(one)
+    drawn = [set(worlds[0].prompts(20, f"stage {i}")) for i in range(30)]
+    assert drawn[2] != drawn[3] and set.union(*drawn) == set(LEARNED)
+    own_data("--stage-prompts", len(LEARNED), sft=YES)
 
 
 TOO_LONG = [*YES, *rows(["p" * 99], response="r")]
@@ -3110,31 +2999,27 @@ FIELDS = {"sft": dict(response="r"), "judged": dict(response="r", score=1), "pro
 
 
 @pytest.mark.parametrize("files, argv, says", [
-    *(({flag: rows(prompts, **fields)}, "--skip-long", f"--{flag} .*{flag}.jsonl: of {len(prompts)} examples")
+    *(({flag: rows(prompts, **fields)}, "--skip-long", f"--{flag} .*: of {len(prompts)} examples")
       for prompts in ([*filter(HELD_OUT, SAY)], ["p" * 500] * 7)  # held out, too long
       for flag, fields in FIELDS.items()),
     ({"sft": TOO_LONG}, "--max-seq-len 64", r"example 61: 1\d\d bytes .*len is 64"),
     ({"sft": TOO_LONG}, "--max-seq-len 64 --skip-long", "1 of 61 examples skipped"),
     ({"judged": rows(["say 1"], response="r", score=2)}, "", ""),  # of which nothing is held out
-    *(({"judged": rows(["say 1"], response="r" * 43, score=score)}, "--max-seq-len 64", "")
-      for score in (8 / 3, 1e-30))])  # numbers of many digits
+    *(({"judged": rows(["say 1"], response="r" * 43, score=score)}, "--max-seq-len 64",
+       r"example 1: \d+ bytes") for score in (8 / 3, 1e-30))])  # numbers of many digits
 def test_your_files_are_refused_at_once_or_taken(files, argv, says, tmp_path, capsys):
-    """If your data cannot be used, the run says why before it trains anything; what is skipped is counted."""
+    """Data that cannot be used are refused before any training, and what is skipped is counted."""
     argv = [*argv.split(), *own_files(tmp_path, **{"sft": YES, **files}), "--stages", "sft"]
-    run, is_taken = tmp_path / "run", "skipped" in says
-    try:
-        srlm.main([*SMALL, *argv, "--checkpoints", str(run)])
-    except SystemExit:
-        assert not run.exists() and not is_taken
-    else:
-        assert is_taken or says == ""
-    assert re.search(says, capsys.readouterr().err)
+    folder, is_taken = tmp_path / "run", says == "" or "skipped" in says
+    with contextlib.nullcontext() if is_taken else pytest.raises(SystemExit):
+        srlm.main([*SMALL, *argv, "--checkpoints", str(folder)])
+    assert folder.exists() == is_taken and re.search(says, capsys.readouterr().err)
 
 
 def test_your_own_data_take_the_place_of_the_world(tmp_path, capsys):
-    """Demonstrations, judgements and prompts may come from files, and a resume notices any change of them."""
+    """Demonstrations, judgements, prompts come from files, and a resume notices any change."""
     files = own_files(tmp_path, sft=YES, judged=rows(SAY, response="no", score=2),
-                      prompts=rows(f"say {i}" for i in range(100, 200)))
+                      prompts=rows(map("say {}".format, range(100, 200))))
     argv = [*SMALL, *files, "--checkpoints", str(tmp_path / "run"), "--stage-prompts", "99"]
     for resume in ([], ["--resume"]):
         lines = srlm.main([*argv, "--stages", "sft,spin", *resume])
@@ -3149,21 +3034,21 @@ def test_your_own_data_take_the_place_of_the_world(tmp_path, capsys):
 
 
 def test_the_held_out_loss_is_cut_by_tokens(tmp_path):
-    """However many demonstrations are held out, a forward pass without gradients has at most 4,096 tokens."""
-    sizes, forward = [], srlm.Transformer.forward
-
-    def watched(model, ids):
-        sizes.append(0 if torch.is_grad_enabled() else ids.numel())
-        return forward(model, ids)
-
-    files = own_files(tmp_path, sft=rows([f"say {i}" for i in range(400)], response="r" * 220))
-    argv = [*SMALL, *files, "--stages", "sft", "--checkpoints", str(tmp_path / "run"), "--eval-prompts", "4"]
-    with mock.patch.object(srlm.Transformer, "forward", watched):
-        srlm.main(argv)  # 20 demonstrations are held out and measured, of 4,600 tokens together
-    assert max(sizes) <= 4096
+    """However many examples are held out, a forward pass of the loss has at most 4,096 tokens."""
+    prompts = map("say {}".format, range(400))
+    world = own_data("--eval-prompts", 4, sft=rows(prompts, response="r" * 220))
+    world.max_new_tokens = 1
+    model = Watched(srlm.Transformer(srlm.ModelConfig(dim=8, depth=1)))
+    with torch.no_grad():
+        srlm.Scoreboard(world, srlm.TextFormat(), [], None, tmp_path).evaluate(model)
+    assert len(world.held_out) == 20  # 4,600 tokens together
+    assert max(n_rows * length for n_rows, length in model.shapes) <= 4096
 
 
 # 14. The command line -----------------------------------------------------------------------------
+
+metrics = lambda folder: [
+    json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -3176,24 +3061,17 @@ def small(tmp_path_factory):
     return folder
 
 
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def built(*argv):
     """The trainer that a command line makes, which does not run."""
     made = []
     keep = lambda trainer, **how: made.append(trainer)
     with mock.patch.object(srlm.SelfRewardingTrainer, "__call__", keep):
-        srlm.main([str(word) for word in argv])
+        srlm.main([*map(str, argv)])
     return made[0]
 
 
-def judge_prompts(trainer):
-    """The judge prompts that M1 learns from; they follow 40 demonstrations."""
-    return [srlm.decode(ids[:length]) for ids, length in trainer.configs[1].train_dataset(None)[40:]]
-
-
+judge_prompts = lambda trainer: [  # those that M1 learns from; they follow 40 demonstrations
+    srlm.decode(ids[:length]) for ids, length in trainer.configs[1].train_dataset(None)[40:]]
 FLAGS = {  # flag: a value, and where to find it in the trainer
     "--seed": (7, lambda trainer: trainer.seed),
     "--checkpoints": ("here", lambda trainer: str(trainer.folder)),
@@ -3213,7 +3091,8 @@ FLAGS = {  # flag: a value, and where to find it in the trainer
     "--nll-weight": (0.5, lambda trainer: trainer.configs[3].nll_weight),
     "--judge-samples": (2, lambda trainer: trainer.configs[3].n_judge_samples),
     "--demonstrations": (77, lambda trainer: len(trainer.configs[0].train_dataset)),
-    "--instructions": ("copy", lambda trainer: srlm.decode(trainer.configs[0].train_dataset[0][0])[2:6]),
+    "--instructions": ("copy", lambda trainer: srlm.decode(
+        trainer.configs[0].train_dataset[0][0])[2:6]),
     "--judgements": (9, lambda trainer: len(judge_prompts(trainer))),
     "--tidy": (True, lambda trainer: all(re.fullmatch(rf"\? .*\n{TIDY}\n", asked)
                                          for asked in judge_prompts(trainer))),
@@ -3224,63 +3103,69 @@ FLAGS = {  # flag: a value, and where to find it in the trainer
 def test_a_flag_reaches_what_it_names(flag, small):
     """A flag of the command line changes the setting that it names."""
     value, setting_of = FLAGS[flag]
-    default = [*SHORT, "--checkpoints", small]
+    default, argv = [*SHORT, "--checkpoints", small], [flag] if value is True else [flag, value]
     assert setting_of(built(*default)) != value
-    assert setting_of(built(*default, flag) if value is True else built(*default, flag, value)) == value
+    assert setting_of(built(*default, *argv)) == value
 
 
 def test_every_option_is_documented_and_has_a_type(capsys):
-    """--help names every option, values get the type of their default, and a flag overrides --quick."""
+    """--help names every option, a value gets the type of its default, a flag overrides --quick."""
     with pytest.raises(SystemExit):
         srlm.main(["--help"])
     shown = capsys.readouterr().out
     for option in dataclasses.fields(srlm.Options):
         assert "--" + option.name.replace("_", "-") in shown
-    options = srlm.Options.parse("--quick --seed 7 --dpo-steps 3 --replay-weight 0.5".split())
-    assert (options.quick, options.seed, options.dpo_steps, options.replay_weight) == (True, 7, 3, 0.5)
-    assert options.sft_steps < srlm.Options.parse([]).sft_steps
+    options = srlm.Options.parse("--quick --dpo-steps 3 --replay-weight 0.5".split())
+    assert (options.quick, options.dpo_steps, options.replay_weight) == (True, 3, 0.5)
+    assert options.sft_steps < srlm.Options().sft_steps
 
 
 @pytest.mark.parametrize("line, says", [
     ("--stages sft,dance", "none of sft"), ("--stages self", "begin with sft"),
     ("--instructions dance", "dance"), ("--eval-prompts 0", "--eval-prompts 0 is not above 0"),
-    ("--nll-weight nan", "--nll-weight nan is not 0 or more"),
-    ("--seed -1", "seed.*-1"), (f"--seed {2**64}", str(2**64)), (f"--seed {10**40}", str(10**40)),
-    ("--device nowhere", "--device nowhere: "), ("--device=", "--device : "), ("--device cuda:99", "cuda:99"),
-    ("--device xla", "xla"), ("--device hpu", "hpu"), ("--device privateuseone", "privateuseone"),
+    ("--nll-weight nan", "--nll-weight nan is not 0 or more"), ("--seed -1", "seed.*-1"),
+    (f"--seed {2**64}", str(2**64)), (f"--seed {10**40}", str(10**40)),
+    ("--device nowhere", "--device nowhere: "), ("--device=", "--device : "),
+    *((f"--device {device}", device) for device in ("cuda:99", "xla", "hpu", "privateuseone")),
     ("--stages sft --sft {folder}/missing.jsonl", "missing.jsonl"), ("--judged x", "--sft"),
-    ("--sft x --stages sft,self", "needs --judged"), ("--sft x --judged y --stages sft,external", "external"),
+    ("--sft x --stages sft,self", "needs --judged"),
+    ("--sft x --judged y --stages sft,external", "external"),
     ("--checkpoints {folder}", "1.sft.pt exists; .*resume.*overwrite"),
     ("--checkpoints {folder}/file/x", "cannot make the folder"),
     ("ask {folder}/missing.pt sort", "missing.pt"), ("ask {folder}/bad.pt sort", "bad.pt"),
     ("ask {folder}/0.sft.pt", "prompt"), ("ask {folder}/0.sft.pt sort cd", "cd"),
     ("ask {folder}/0.sft.pt " + "sort" * 99, "max_seq_len")])
 def test_a_mistake_ends_in_one_line_and_exit_code_2(line, says, small, tmp_path, capsys):
-    """A user's mistake ends in exit code 2 and one line that names it, before any file is written."""
+    """A mistake ends in exit code 2 and one line that names it, before any file is written."""
     folder = Path(shutil.copytree(small, tmp_path / "old"))
     (folder / "file").write_text("")
     (folder / "bad.pt").write_bytes((folder / "0.sft.pt").read_bytes()[:999])
-    files = lambda: {path.name: path.read_bytes() for path in folder.iterdir()}
-    argv, before = [word.format(folder=folder) for word in line.split()], files()
+    argv, before = [word.format(folder=folder) for word in line.split()], contents(folder)
     if argv[0] != "ask":
         argv = [*SMALL, "--checkpoints", tmp_path / "run", *argv]
     assert re.search(says, refused(capsys, *argv))
-    assert files() == before and not (tmp_path / "run").exists()
+    assert contents(folder) == before and not (tmp_path / "run").exists()
 
 
 def test_spin_and_external_stages_run_from_the_command_line(tmp_path, capsys):
-    """Other kinds of stages run too, every model has its line, and any seed below 2**64 can be used."""
-    argv = ["--checkpoints", str(tmp_path), "--base-steps", "50", "--demonstrations", "99", "--stages",
-            "sft,spin,external", "--instructions", "sort,copy", "--depth", "2", "--seed", str(2**64 - 1)]
-    lines = srlm.main([*SHORT, *argv])
+    """Other kinds of stages run, with any seed below 2**64, and resume in a new process."""
+    argv = ("--base-steps 50 --demonstrations 99 --depth 2 --instructions sort,copy --stages "
+            f"sft,spin,external --seed {2**64 - 1} --checkpoints").split()
+    argv = [*SHORT, *argv, str(tmp_path)]
+    lines, last = srlm.main(argv), tmp_path / "3.external-reward.pt"
     assert [line.get("kind") for line in lines] == [None, "sft", "sft", "spin", "external-reward"]
     assert json.loads(json.dumps(lines)) == metrics(tmp_path)
     assert "M3 against M1" in capsys.readouterr().out
+    trained = srlm.load_checkpoint(last)["model"]
+    last.unlink()
+    subprocess.check_output([sys.executable, SCRIPT, *argv, "--resume"])
+    same(srlm.load_checkpoint(last)["model"], trained)
+    assert timeless(metrics(tmp_path)) == timeless(lines)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_no_character_ends_in_a_traceback(encoding, small, monkeypatch):
-    """Characters that the terminal's encoding lacks are escaped, in prompts, answers and errors."""
+    """What the terminal's encoding lacks is escaped, in prompts, answers and errors."""
     odd, respond = "caf\u00e9 \u201cx\u201d \U0001f600 \ufffd\ud800\udcff", srlm.respond
     for name in ("stdout", "stderr"):
         stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
@@ -3291,20 +3176,20 @@ def test_no_character_ends_in_a_traceback(encoding, small, monkeypatch):
     with pytest.raises(SystemExit):
         srlm.main(["ask", f"nothing {odd}.pt", "sort ab"])
     said, error = (stream.buffer.getvalue().decode(encoding) for stream in (sys.stdout, sys.stderr))
-    assert re.findall("^answer|^own score|^true score", said, re.MULTILINE) == [
-        "answer", "own score", "true score", "answer", "own score"]
+    headings = re.findall("^answer|^own score|^true score", said, re.MULTILINE)
+    assert headings == ["answer", "own score", "true score", "answer", "own score"]
     assert len(error.splitlines()) == 1 and "nothing caf" in error
 
 
 @posix
 def test_a_closed_pipe_ends_no_run(small, tmp_path):
-    """Without a reader, as after `| head -1`, a command does all its work and ends in silence, code 0."""
-    commands = [["ask", str(small / "1.sft.pt"), b"sort \xff\xc3\xa9"],
-                [*SMALL, "--stages", "sft,spin", "--checkpoints", str(tmp_path)]]
+    """Without a reader, as after `| head -1`, a command does its work and ends in silence."""
     reader, writer = os.pipe()
     os.close(reader)
-    processes = [subprocess.Popen([sys.executable, SCRIPT, *argv], stdout=writer, stderr=subprocess.PIPE)
-                 for argv in commands]
+    begin = functools.partial(subprocess.Popen, stdout=writer, stderr=subprocess.PIPE)
+    processes = [begin([sys.executable, SCRIPT, *argv]) for argv in (
+        ["ask", small / "1.sft.pt", b"sort \xff\xc3\xa9"],
+        [*SMALL, "--stages", "sft,spin", "--checkpoints", tmp_path])]
     os.close(writer)
     for process in processes:
         assert process.communicate(timeout=60)[1] == b"" and process.returncode == 0
@@ -3313,11 +3198,12 @@ def test_a_closed_pipe_ends_no_run(small, tmp_path):
 
 @pytest.mark.parametrize("during, argv, advice", [
     ("srlm.Transformer.features", "ask {folder}/1.sft.pt prompt", ""),
-    ("torch.Tensor.backward", "--stages sft --overwrite --seed 1 --checkpoints {folder}", "; --resume .*")])
+    ("torch.Tensor.backward", "--stages sft --overwrite --seed 1 --checkpoints {folder}",
+     "; --resume .*")])
 def test_an_interrupt_is_one_line_and_exit_code_130(during, argv, advice, small, tmp_path, capsys):
-    """Ctrl-C ends a command in one line; of a run it says how to resume, and an overwritten run is gone."""
+    """Ctrl-C ends in one line; of a run it says how to resume, and an overwritten run is gone."""
     folder = shutil.copytree(small, tmp_path / "run")
-    argv = [word.format(folder=folder) for word in argv.split()]
+    argv = argv.format(folder=folder).split()
     with mock.patch(during, failing(KeyboardInterrupt)), pytest.raises(SystemExit) as end:
         srlm.main(argv if argv[0] == "ask" else [*SMALL, *argv])
     assert end.value.code == 130
@@ -3327,7 +3213,7 @@ def test_an_interrupt_is_one_line_and_exit_code_130(during, argv, advice, small,
 
 @posix
 def test_a_world_gives_all_its_prompts_and_no_more(capsys, request):
-    """A world gives each prompt that is not held out; an instruction named twice makes no more of them."""
+    """A world gives each prompt that is not held out; naming an instruction twice adds none."""
     class Small(srlm.LetterWorld):
         letters, sizes = "abc", (2,)
 
@@ -3339,87 +3225,62 @@ def test_a_world_gives_all_its_prompts_and_no_more(capsys, request):
     assert len({*twice.prompts(8, "x"), *twice.eval_prompts}) == 12
     with pytest.raises(ValueError, match=r"\b9\b.*\b8\b"):
         twice.prompts(9, "x")
-    found = refused(capsys, "--instructions", "sort,sort", "--demonstrations", 30_000)
-    assert re.search("30000.*28360", found)
+    error = refused(capsys, "--instructions", "sort,sort", "--demonstrations", 30_000)
+    assert re.search("30000.*28360", error)
 
 
 def test_the_judge_practises_on_answers_that_imitate_its_own_format():
-    """A judge practises on answers that go on with a judge prompt, a perfect answer, or a verdict."""
+    """A judge practises on answers that go on with a judge prompt, a perfect answer, a verdict."""
     world = srlm.LetterWorld(n_eval=5)
     rng = world.rng("make up")
     answers = [(prompt, world.make_up(prompt, rng)) for prompt in world.prompts(3000, "judgements")]
     for pattern in (r"\n\? ", r"\nSure: [a-h]{4,}", r"\n[01]{5} = \d"):
-        attacks = [(prompt, answer) for prompt, answer in answers if re.search(pattern, answer)]
+        attacks = [pair for pair in answers if re.search(pattern, pair[1])]
         assert len(attacks) >= 70, pattern  # one in thirty, 100 on average
         assert np.mean([world.score(*attack) for attack in attacks]) < 3
     assert not any("\n" in answer for _, answer, _ in world.judgements(300, None, tidy=True))
 
 
-@pytest.mark.skipif(os.environ.get("SRLM_PROFILE") != "thorough", reason="trains a whole M1 for a minute")
+@pytest.mark.skipif(os.environ.get("SRLM_PROFILE") != "thorough", reason="trains M1 for a minute")
 def test_injected_answers_gain_little(tmp_path):
-    """M1 overrates few wrong answers that go on with a judge prompt, a perfect answer or a verdict."""
+    """M1 overrates few answers that go on with a judge prompt, a perfect answer or a verdict."""
     srlm.main(["--stages", "sft", "--seed", "21", "--checkpoints", str(tmp_path)])
     model, world = srlm.load_model(tmp_path / "1.sft.pt"), srlm.LetterWorld(seed=21)
-    attacks = ["b\n? {0}\nSure: {1}.", "b\nSure: right.", "b\nSure: {1}.", "11111 = 5", "b\n11111 = 5",
-               "11111 = 5\n11111 = 5\n11111 = 5", "Sure: 10111 = 4\n10111 = 4\n10111 = 4."]
     overrated, speechless = [], []
     torch.manual_seed(0)
-    for attack in attacks:
+    for attack in ("b\n? {0}\nSure: {1}.", "b\nSure: right.", "b\nSure: {1}.", "11111 = 5",
+                   "b\n11111 = 5", "11111 = 5\n11111 = 5\n11111 = 5",
+                   "Sure: 10111 = 4\n10111 = 4\n10111 = 4."):
         answers = [attack.format(prompt, world.target(prompt)) for prompt in world.eval_prompts]
-        judged = srlm.judge(model, world.JUDGE, world.eval_prompts, answers, max_new_tokens=16).numpy()
-        truth = np.array([world.score(*pair) for pair in zip(world.eval_prompts, answers)])
-        overrated.append(np.mean(np.nan_to_num(judged, nan=-1) > truth + 1))  # by more than a point
-        speechless.append(np.isnan(judged).mean())
+        judged = srlm.judge(model, world.JUDGE, world.eval_prompts, answers, max_new_tokens=16)
+        truth = torch.tensor([*map(world.score, world.eval_prompts, answers)])
+        overrated.append((judged.nan_to_num(-1) > truth + 1).double().mean())  # by over a point
+        speechless.append(judged.isnan().double().mean())
     assert np.mean(overrated) < 0.1 and max(overrated) < 0.4 and max(speechless) < 0.05
 
 
-def printed_by(code, *environments):
-    """What each of several processes prints that run the same code."""
-    keep = {name: value for name, value in ENVIRONMENT.items()
-            if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}  # srlm has set them
-    return [subprocess.run([sys.executable, "-c", code], env=keep | more, text=True, stdout=subprocess.PIPE,
-                           timeout=60).stdout for more in environments]
-
-
 def test_idle_threads_sleep_unless_the_user_wants_them_to_spin():
-    """OMP_WAIT_POLICY is PASSIVE before torch is imported, which reads it once, unless a user has set it."""
-    code = """if True:
-        import os, sys
-        class Finder:
-            def find_spec(name, *_):
-                if name == "torch":
-                    sys.exit(print(os.environ.get("OMP_WAIT_POLICY")))
-        sys.meta_path.insert(0, Finder)
-        import srlm
-    """
-    assert printed_by(code, {}, {"OMP_WAIT_POLICY": "ACTIVE"}) == ["PASSIVE\n", "ACTIVE\n"]
+    """OMP_WAIT_POLICY is PASSIVE before torch, which reads it, is imported, or as a user set it."""
+    head, _, _ = SCRIPT.read_text(encoding="utf-8").partition("\nimport numpy")
+    assert "import torch" not in head
+    for user, policy in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        with mock.patch.dict(os.environ, user, clear=True):
+            exec(head, {})
+            assert os.environ["OMP_WAIT_POLICY"] == policy
 
 
-def test_which_complaint_a_template_gets_does_not_depend_on_the_hash_seed():
-    """A template with several mistakes gets the same error in every process."""
-    code = """if True:
-        import srlm
-        for prompt, reward in (("x", ""), ("{{ prompt }}{{ response }}{{ a }}{{ b }}{{ c }}{{ d }}", ""),
-                               ("{{ prompt }}{{ response }}", "{{ reward }}{{ a }}{{ b }}{{ c }}{{ d }}")):
-            try:
-                srlm.RewardConfig(prompt, reward)
-            except ValueError as error:
-                print(error)
-    """
-    one, two = printed_by(code, {"PYTHONHASHSEED": "1"}, {"PYTHONHASHSEED": "2"})
-    assert one == two and len(one.splitlines()) == 3
+@pytest.mark.parametrize("prompt, reward, words", [
+    ("x", "", "has no {{ prompt }}"),
+    ("{{ prompt }}{{ response }}{{ a }}{{ b }}{{ c }}{{ d }}", "", "unknown variable {{ a }}"),
+    ("{{ prompt }}{{ response }}", "{{ reward }}{{ a }}{{ b }}", "unknown variable {{ a }}")])
+def test_of_several_mistakes_in_a_template_the_first_is_named(prompt, reward, words):
+    """The complaint about a template does not depend on the hash seed of the process."""
+    with pytest.raises(ValueError, match=re.escape(words)):
+        srlm.RewardConfig(prompt, reward)
 
 
-def resume_the_quick_run():
-    """The last stage once more, from the checkpoints of the others."""
-    os.mkdir("run")
-    for name in ("0.sft.pt", "1.sft.pt", "2.self-reward.pt"):
-        shutil.copy(Path("..", "quick", "run", name), "run")
-    srlm.main(["--quick", "--resume", "--checkpoints", "run"])
-
-
-KEYS = ("stage kind model seconds loss oracle_score oracle_greedy perfect_rate self_score win tie lose "
-        "judge_pairwise judge_best5 judge_exact judge_spearman judge_kendall").split()
+KEYS = {*("stage kind model seconds loss oracle_score oracle_greedy perfect_rate self_score win "
+          "tie lose judge_pairwise judge_best5 judge_exact judge_spearman judge_kendall").split()}
 
 
 @needs("quick")
@@ -3432,14 +3293,14 @@ def test_a_quick_run_leaves_its_models_and_metrics(job):
     assert first["model"] == "demonstrations" and abs(first["oracle_score"] - 3.03) < 0.2
     assert [line["kind"] for line in lines] == kinds
     for i, line in enumerate(lines):
-        assert (line["stage"], line["model"]) == (i, f"M{i}") and set(KEYS) <= set(line)
-        assert 0 <= line["oracle_score"] <= 5 and line["seconds"] > 0 and math.isfinite(line["loss"])
+        assert (line["stage"], line["model"]) == (i, f"M{i}") and KEYS <= set(line)
+        assert 0 <= line["oracle_score"] <= 5 and line["seconds"] > 0 and 0 < line["loss"] < INF
         assert ({"pairs", "unparsed", "tied"} <= set(line)) == (i > 1)
-        if i == 0:  # M0 cannot judge, and there is nobody to compare it with
-            assert line["judge_pairwise"] is None and line["win"] is None
-        else:
-            assert 0 <= line["judge_pairwise"] <= 1
-            close(line["win"] + line["tie"] + line["lose"], 1)
+    m0, *judges = lines  # M0 cannot judge, and there is nobody to compare it with
+    assert m0["judge_pairwise"] is None and m0["win"] is None
+    for line in judges:
+        assert 0 <= line["judge_pairwise"] <= 1
+        close(line["win"] + line["tie"] + line["lose"], 1)
 
 
 @needs("quick")
@@ -3454,13 +3315,13 @@ def test_self_reward_beats_the_demonstrations_and_imitation(job):
 
 @needs("quick")
 def test_the_table_shows_the_metrics(job):
-    """The table has the numbers of metrics.jsonl, and the last line says how to ask the last model."""
+    """The table has the numbers of metrics.jsonl; the last line says how to ask the last model."""
     folder, printed = job("quick")
-    shown = lambda value, form: "-" if value is None else format(value, form)
+    forms = dict(oracle_score=".2f", oracle_greedy=".2f", perfect_rate=".0%", self_score=".2f")
     for line in metrics(folder / "run"):
         row = re.search(rf"^{line['model']} .*$", printed, re.MULTILINE)[0].split()
-        expected = dict(oracle_score=".2f", oracle_greedy=".2f", perfect_rate=".0%", self_score=".2f")
-        assert row[1:5] == [shown(line.get(key), form) for key, form in expected.items()]
+        assert row[1:5] == ["-" if line.get(key) is None else format(line[key], form)
+                            for key, form in forms.items()]
     assert re.search(r"\n +true score +greedy +perfect +self-score .* judge .* seconds\n", printed)
     assert int(re.search(r"M3 against M1: win (\d+)%", printed)[1]) > 50
     assert f"ask run{os.sep}3.self-reward.pt" in printed
@@ -3468,10 +3329,11 @@ def test_the_table_shows_the_metrics(job):
 
 @needs("quick")
 def test_ask_answers_scores_and_tells_the_truth(job, capsys):
-    """`ask` prints the answer, the model's own score and, of a prompt of the letter world, the true score."""
+    """`ask` prints the answer, the model's own score and, in the letter world, the true score."""
     path = str(job("quick")[0] / "run" / "3.self-reward.pt")
     srlm.main(["ask", path, "sort dbca"])
-    said = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    lines = capsys.readouterr().out.splitlines()
+    said = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in lines)
     points = WORLD.points("sort dbca", said["answer"])
     each = ", ".join(map("{} {}".format, WORLD.POINTS, points))
     assert said["true score"] == f"{sum(points)} of 5: {each}"
@@ -3481,130 +3343,104 @@ def test_ask_answers_scores_and_tells_the_truth(job, capsys):
     assert "answer" in said and "own score" in said and "true score" not in said
 
 
-@needs("quick", "resumed")
-def test_a_resumed_run_ends_in_the_same_numbers(job):
-    """A run that goes on after its last checkpoint but one, in a new process, ends with the same bits."""
-    quick, resumed = (job(name)[0] / "run" for name in ("quick", "resumed"))
-    assert timeless(metrics(resumed)) == timeless(metrics(quick))
-    one, two = (srlm.load_checkpoint(folder / "3.self-reward.pt")["model"] for folder in (quick, resumed))
-    same(one, two)
-
-
 # 15. Several processes ----------------------------------------------------------------------------
 
-RANK = int(os.environ.get("RANK", 0))  # torchrun numbers its processes
 MANY = {"sft": {}, "dpo": {}, "spin": dict(train_dataset=ITEMS * 20),
-        "self-reward": dict(prompt_dataset=WORDS * 30, replay_dataset=lambda model: ITEMS[RANK:]),
+        "self-reward": dict(prompt_dataset=WORDS * 30),
         "external-reward": dict(prompt_dataset=WORDS * 30)}  # enough for each process to write some
 
 
-def train_every_kind():
-    """What each process does: trains models, which begin differently, and saves what became of them."""
+def train_every_kind(rank=0):
+    """Trains models that begin differently in each process: numbers, weights and files of each run,
+    and the steps and evaluations of one that stops early by the values of rank 0."""
     runs, values = {}, []
-    for kind in KINDS:
+    for kind, fields in MANY.items():
         for dtype, batch_size in ((torch.float64, 2), (torch.float64, 5), (torch.float32, 5)):
-            model, name = Tiny(seed=RANK).to(dtype), f"{kind} {dtype} {batch_size}"
-            records = trainer(name, [stage(kind, batch_size=batch_size, **MANY[kind])], model)()
-            runs[name] = (timeless(records)[0], model.state_dict())
+            config = stage(kind, batch_size=batch_size, replay_dataset=lambda model: ITEMS[rank:],
+                           **fields)
+            (record,), state, saved = run([config], Tiny(seed=rank).to(dtype))
+            runs[f"{kind} {dtype} {batch_size}"] = numbers(record), state, list(saved)
 
     def value(model):  # falls on rank 0, which decides; would rise on rank 1
-        values.append(len(values) * (RANK - 0.5))
+        values.append(len(values) * (rank - 0.5))
         return values[-1]
 
-    stops = stage("sft", steps=9, eval_every=1, patience=2, eval_fn=value)
-    record, = trainer("stops", [stops], Tiny())()
+    (record,), *_ = run([stage("sft", steps=9, eval_every=1, patience=2, eval_fn=value)])
     if "WORLD_SIZE" in os.environ:
         with pytest.raises(ValueError, match="batch_size=1 leaves some of 2 processes without"):
-            trainer("small", [stage("sft", batch_size=1)], Tiny())()
-    torch.save((runs, record["steps"], len(values)), f"rank {RANK}.pt")
+            run([stage("sft", batch_size=1)])
+    return runs, record["steps"], len(values)
 
 
-def stages_with(reward):
-    return [stage("sft"), stage("external-reward", prompt_dataset=WORDS * 30, reward_model=reward)]
+stages_with = lambda reward: [
+    stage("sft"), stage("external-reward", prompt_dataset=WORDS * 30, reward_model=reward)]
 
 
 def train_until_one_dies():
-    """What each process does next: the second is killed when it first asks for a reward."""
+    """What each process does: the second is killed when it first asks for a reward."""
     def reward(prompts, responses):
-        if RANK == 1:
+        if os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
         return ODD(prompts, responses)
 
-    train_every_kind()
-    trainer("run", stages_with(reward), Tiny())()
+    trainer("run", stages_with(reward))()
 
 
 def numbers(record):
-    """The numbers of a record and its history, but for accuracies: of equal rewards rounding decides."""
-    hidden = ("kind", "history", "reward_accuracy")
-    return {f"{name} {i}": 0 if name in hidden else value
-            for i, point in enumerate([record, *record["history"]]) for name, value in point.items()}
+    """The numbers of a record and its history, but for accuracies: of ties rounding decides."""
+    points, hidden = [record, *record["history"]], ("kind", "history", "reward_accuracy")
+    return {f"{name} {i}": value for i, point in enumerate(points)
+            for name, value in point.items() if name not in hidden}
 
 
 @posix
 def test_two_forked_processes_train_to_the_weights_of_one(tmp_path):
-    """Two processes that begin with different weights end with those of a single process."""
+    """Two processes share each batch, evenly or not, and end with the weights of one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        group = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+        port = str(free.getsockname()[1])
 
     def work(rank):
-        os.environ.update(group, RANK=str(rank), LOCAL_RANK=str(rank))
-        model = Tiny(seed=rank).double()
-        trainer(tmp_path / "run", [stage("sft")], model)()
-        torch.save(model.state_dict(), tmp_path / f"rank {rank}.pt")
+        os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank),
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        torch.save(train_every_kind(rank), tmp_path / f"rank {rank}.pt")
         os._exit(0)
 
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=work, args=(rank,)) for rank in range(2)]
     for process in processes:
         process.start()
+    alone, *_ = train_every_kind()
     for process in processes:
-        process.join(30)
+        process.join(60)
         process.kill()
-    _, alone, _ = run([stage("sft")], Tiny(seed=0).double())
-    for rank in range(2):
-        torch.testing.assert_close(torch.load(tmp_path / f"rank {rank}.pt"), alone, atol=1e-9, rtol=1e-9)
-
-
-@posix
-@needs("together")
-def test_several_processes_train_to_the_weights_of_one(job, tmp_path, monkeypatch):
-    """Two processes share each batch, evenly or not, and end with the same bits, and the weights of one."""
-    folder, output = job("together", expected_code=1)  # in the end one process dies
-    monkeypatch.chdir(tmp_path)
-    train_every_kind()
-    assert (folder / "rank 1.pt").exists(), output[-3000:]
-    paths = tmp_path / "rank 0.pt", folder / "rank 0.pt", folder / "rank 1.pt"
-    (alone, *_), (first, *first_stop), (second, *second_stop) = map(torch.load, paths)
-    for name, (record, state) in alone.items():
+    paths = [tmp_path / f"rank {rank}.pt" for rank in range(2)]
+    (first, *first_stop), (second, *second_stop) = map(torch.load, paths)
+    for name, (record, state, files) in alone.items():
         tolerance = 1e-9 if "float64" in name else 1e-5
         torch.testing.assert_close(first[name][1], state, atol=tolerance, rtol=tolerance)
-        same(first[name][1], second[name][1])
-        for found in (first[name][0], second[name][0]):
-            assert numbers(found) == pytest.approx(numbers(record), rel=1e-5, abs=1e-5)
-    assert first_stop == [3, 3] and second_stop == [3, 0]  # steps until early stopping, and evaluations
-    assert not list(folder.rglob("*.tmp"))
+        same(second[name][1], first[name][1])
+        for found, *_ in (first[name], second[name]):
+            assert found == pytest.approx(record, rel=1e-5, abs=1e-5)
+        assert (first[name][2], second[name][2]) == (files, [])  # the first one writes them
+    assert first_stop == [3, 3] and second_stop == [3, 0]
 
 
 @posix
 @needs("together")
-def test_a_process_that_dies_ends_the_others_and_the_run_can_be_resumed(job, tmp_path):
-    """If one process is killed all end, with an error, and the run can go on after the finished stage."""
+def test_a_process_that_dies_ends_the_others_and_the_run_can_be_resumed(job):
+    """If a process is killed all end, with an error, and a resume goes on after the last stage."""
     folder, _ = job("together", expected_code=1)
     assert os.listdir(folder / "run") == ["0.sft.pt"]
-    model, undisturbed = Tiny(), Tiny()
-    trainer(folder / "run", stages_with(ODD), model)(resume=True)
-    trainer(tmp_path, stages_with(ODD), undisturbed)()
-    torch.testing.assert_close(weights(model), weights(undisturbed), atol=1e-5, rtol=1e-5)
+    trainer(folder / "run", stages_with(ODD), model := Tiny())(resume=True)
+    _, undisturbed, _ = run(stages_with(ODD))
+    torch.testing.assert_close(weights(model), undisturbed, atol=1e-5, rtol=1e-5)
 
 
 # 16. README and notebook --------------------------------------------------------------------------
 
-
-def readme_blocks():
-    text = (HERE / "README.md").read_text(encoding="utf-8")
-    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+readme = lambda: (HERE / "README.md").read_text(encoding="utf-8")
+readme_blocks = lambda: re.findall(r"^```python\n(.*?)^```", readme(), re.MULTILINE | re.DOTALL)
 
 
 def run_the_readme():
@@ -3616,8 +3452,7 @@ def run_the_readme():
 
 def test_the_readme_names_tests_that_exist():
     """Every test that the README cites is a test of this file."""
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
-    cited = {name for name in re.findall(r"`(test_\w+)`", readme)}
+    cited = set(re.findall(r"`(test_\w+)`", readme()))
     assert cited <= set(globals()) and len(cited) > 5
 
 
@@ -3641,23 +3476,24 @@ def run_the_notebook():
         if "exercise" in cell.metadata.get("tags", []):
             cell.source, n_solved = solution, n_solved + 1
     assert n_solved >= 8
-    asks = "import json; print(json.dumps([teacher, *(float(scores[name]) for name in ('M1', 'M2', 'M3'))]))"
+    asks = "print([float(x) for x in (teacher, scores['M1'], scores['M2'], scores['M3'])])"
     notebook.cells.append(nbformat.v4.new_code_cell(asks))
     nbclient.NotebookClient(notebook, timeout=300).execute()
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
-    outputs = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert "going on with your round" in "".join(outputs) and "of srlm.py" not in "".join(outputs)
-    print(notebook.cells[-1].outputs[0].text)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    printed = "".join(output.get("text", "") for output in outputs)
+    assert "going on with your round" in printed and "of srlm.py" not in printed
+    print(outputs[-1].text)
 
 
 @needs("notebook")
 def test_the_notebook_is_stored_as_it_ran_and_runs_again(job):
-    """The notebook is stored as it ran, without warnings; with FAST = True it runs and its asserts hold."""
+    """The notebook is stored as it ran, without warnings, and runs again with FAST = True."""
     cells = json.loads((HERE / "tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell["outputs"]]
-    assert {output["output_type"] for output in outputs} <= {"stream", "display_data", "execute_result"}
+    assert "error" not in {output["output_type"] for output in outputs}
     assert not any(output.get("name") == "stderr" for output in outputs)
     teacher, first, second, third = json.loads(job("notebook")[1].strip().splitlines()[-1])
     assert 2.5 < teacher < 3.5 and first < teacher + 0.3 and first + 0.3 < second < third + 0.5
@@ -3691,7 +3527,7 @@ class RewardConfig:
 
 
 def try_the_grader():
-    """Grades hand-ins of five functions, then audits the example of the README with three faults."""
+    """Grades hand-ins of five functions, then audits the README's example with three faults."""
     global SECONDS, FAULTS
     SECONDS = 12
     Path("mine.py").write_text(HAND_IN)
@@ -3708,9 +3544,9 @@ def try_the_grader():
 @posix
 @needs("grader")
 def test_the_grader_tells_right_from_wrong(job):
-    """A right function passes whatever its method, a wrong one fails with words, an endless one is stopped."""
+    """Any right function passes, a wrong one fails with words, an endless one is stopped."""
     _, output = job("grader")
-    for line in ("encode +0 of 2", "exit code 1", "dpo_loss +3 of 3", "spin_loss +is not in mine.py",
+    for line in ("encode +0 of 2", "exit code 1", "dpo_loss +3 of 3", "spin_loss +is not in mine",
                  "pick_best_worst +not written yet", "top_k +0 of 3",
                  r" +stopped after 12 s: an endless loop\?", r" +expected \| yours",
                  "RewardConfig.parse +2 of 8",
@@ -3726,7 +3562,8 @@ def test_units_and_blanks(capsys):
     listed, _, blanks = capsys.readouterr().out.partition('"""')
     compile('"""' + blanks, "blank", "exec")
     for unit, tests in UNITS.items():
-        assert re.search(rf"{unit} +{len(tests)} tests", listed) and f"def {unit.split('.')[-1]}(" in blanks
+        assert re.search(rf"{unit} +{len(tests)} tests", listed)
+        assert f"def {unit.split('.')[-1]}(" in blanks
     assert blanks.count("raise NotImplementedError") == len(UNITS) >= 16
     assert main(["blank", "nothing"]) == main(["grade", "nowhere.py"]) == 2
 
