@@ -2331,8 +2331,7 @@ class SelfRewardingTrainer:
         join_processes()
         stages, judges = finetune_configs, self_reward_prompt_config
         self.configs = paper_stages(**stages) if isinstance(stages, dict) else list(stages)
-        is_stage = lambda c: isinstance(c, StageConfig) and hasattr(c, "run")
-        require(len(self.configs) > 0 and all(map(is_stage, self.configs)),
+        require(len(self.configs) > 0 and all(hasattr(config, "run") for config in self.configs),
                 f"finetune_configs: one or more stage configs are needed, not {self.configs!r}")
         self.judges = judges if isinstance(judges, dict) else {"default": judges}
         self.text = TextFormat(tokenizer_encode, tokenizer_decode, chat_template, eos_id)
@@ -2341,22 +2340,22 @@ class SelfRewardingTrainer:
         self.model = model if device is None else model.to(device)
         self.folder, self.seed, self.settings = Path(checkpoints_folder), seed, settings or {}
         self.evaluate, self.report = evaluate, report
-        limit = getattr(model, "max_seq_len", math.inf)
-        for stage, config in enumerate(self.configs):
-            for name in ("max_new_tokens", "max_judge_tokens"):
-                value, where = getattr(config, name, 0), f"stage {stage} ({config.kind}): {name}"
-                require(value < limit, f"{where} = {value} is not below max_seq_len = {limit}")
+        config = getattr(model, "config", None)  # its shape, if it is the built-in Transformer
+        self.model_config = vars(config) if isinstance(config, ModelConfig) else None
 
     def _check(self):
         """Check whatever can be checked before any work."""
         vocab, eos_id = vocabulary_size(self.model), self.text.eos_id
-        world_size = rank_and_world_size()[1]
+        limit, world_size = getattr(self.model, "max_seq_len", math.inf), rank_and_world_size()[1]
         require(eos_id is None or 0 <= eos_id < vocab, f"eos_id={eos_id} is outside the model's "
                 f"vocabulary of {vocab}; with eos_id=None answers end by length")
         for stage, config in enumerate(self.configs):
             with stage_named(stage, config):
                 require(config.batch_size >= world_size, f"batch_size={config.batch_size} leaves "
                         f"some of {world_size} processes without an example")
+                for name in ("max_new_tokens", "max_judge_tokens"):
+                    value = getattr(config, name, 0)
+                    require(value < limit, f"{name} = {value} is not below max_seq_len = {limit}")
                 for name in datasets_of(config):
                     checked_data(config, name, self.model, self.text)
 
@@ -2369,10 +2368,10 @@ class SelfRewardingTrainer:
         for preference stages reward_accuracy, reward_margin, chosen_logprob, rejected_logprob;
         for stages that write pairs also their counts; and what `evaluate` found."""
         self._check()
-        records, is_evaluated = on_rank_zero(lambda: self._begin(overwrite_checkpoints, resume))
+        records = on_rank_zero(lambda: self._begin(overwrite_checkpoints, resume))
         self.model.load_state_dict(on_rank_zero(self.model.state_dict))  # the same everywhere
-        if not is_evaluated:
-            self._evaluate(records)
+        if records:
+            self._evaluate(records[-1])
 
         def after_update(step):
             """Save the weights in the middle of a stage, if it says so."""
@@ -2385,51 +2384,44 @@ class SelfRewardingTrainer:
         for record in run_stages(self.model, self.configs, context, first=len(records)):
             records.append({**record, "seconds": round(time.perf_counter() - began, 2)})
             # Save before evaluating: an error in `evaluate` must not lose the finished stage.
-            self._save(self.path(record["stage"]), records, is_evaluated=False)
-            self._evaluate(records)
+            self._save(self.path(record["stage"]), records)
+            self._evaluate(records[-1])
             began = time.perf_counter()
+        self.model.eval()
         return records
 
-    def _evaluate(self, records):
-        """Complete the last record, save it again, and report it."""
-        stage = records[-1]["stage"]
+    def _evaluate(self, record):
+        """Complete the record of the last stage, and report it."""
+        stage = record["stage"]
         with stage_named(stage, self.configs[stage]), seeded(self.seed), evaluating(self.model):
-            records[-1] |= on_rank_zero(lambda: plain(self.evaluate(self.model)))
-        self._save(self.path(stage), records)
-        on_rank_zero(lambda: self.report(records[-1]))
+            record |= on_rank_zero(lambda: plain(self.evaluate(self.model)))
+        on_rank_zero(lambda: self.report(record))
 
     def _begin(self, overwrite, resume):
-        """Prepare the folder; load the last finished stage. Returns the records up to it, and
-        whether the last of them is evaluated."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"cannot make the folder {self.folder}: {error.strerror}") from error
+        """Prepare the folder; load the last finished stage. Returns the records up to it. The last
+        one is not evaluated yet, since its checkpoint was written before."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         if overwrite or os.environ.get("SRLM_CLEAR_CHECKPOINTS") == "1":
-            # Remove every checkpoint of the old run, so that no later resume can take one of them.
+            # Remove every file of the old run, so that no later resume can take one of them.
             kinds = "sft|spin|dpo|self-reward|external-reward"
             for path in list(self.folder.iterdir()):
-                is_ours = re.fullmatch(rf"\d+\.({kinds})(\.step\d+)?\.pt", path.name)
-                if is_ours or overwrite and path.name == "metrics.jsonl":
+                if re.fullmatch(rf"metrics\.jsonl|\d+\.({kinds})(\.step\d+)?\.pt", path.name):
                     path.unlink()
         finished = [stage for stage in range(len(self.configs)) if self.path(stage).exists()]
         if not finished:
-            return [], True
+            return []
         path = self.path(finished[-1])
         require(resume, f"{path} exists; resume goes on after it, overwrite replaces it")
         state = load_checkpoint(path)
-        then, now = state["settings"], self._settings(finished[-1])
+        then = state["settings"] | {"model_config": state["model_config"]}
+        now = self._settings(finished[-1]) | {"model_config": self.model_config}
         for key in then | now:
             require(then.get(key) == now.get(key),
                     f"{path} was made with {key} = {then.get(key)!r}, not {now.get(key)!r}")
-        try:
-            self.model.load_state_dict(state["model"])
-        except RuntimeError as error:  # its second line names the first weight that does not fit
-            raise ValueError(f"{path} holds weights of another model, shape {state['model_config']}"
-                             f": {str(error).splitlines()[1].strip()}") from error
-        for record in state["records"][: None if state["is_evaluated"] else -1]:
+        self.model.load_state_dict(state["model"])
+        for record in state["records"][:-1]:
             self.report(record)
-        return state["records"], state["is_evaluated"]
+        return state["records"]
 
     def _settings(self, stage):
         """What another run must share to go on after this stage; of data sets a checksum."""
@@ -2441,15 +2433,15 @@ class SelfRewardingTrainer:
             found |= {f"stage {i}, {name}": value for name, value in fields.items()}
         return json.loads(json.dumps(found, default=comparable))
 
-    def _save(self, path, records, is_evaluated=True):
+    def _save(self, path, records):
         """Write a checkpoint of the model as it is now, after the stage of the last record."""
-        config, buffer = getattr(self.model, "config", None), io.BytesIO()
-        shape = vars(config) if isinstance(config, ModelConfig) else None
-        state = {"format": "srlm 2", "model": self.model.state_dict(), "model_config": shape,
-                 "records": records, "is_evaluated": is_evaluated}
-        if rank_and_world_size()[0] == 0:
-            torch.save({**state, "settings": self._settings(len(records) - 1)}, buffer)
-        on_rank_zero(lambda: write_file(path, buffer.getvalue()))
+        def save():
+            state = {"format": "srlm 2", "model": self.model.state_dict(), "records": records,
+                     "model_config": self.model_config, "settings": self._settings(len(records) - 1)}
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            write_file(path, buffer.getvalue())
+        on_rank_zero(save)
 
 
 @contextlib.contextmanager
@@ -2463,10 +2455,7 @@ def stage_named(stage, config):
 
 def plain(values):
     """The same without numpy or torch types, so that a checkpoint loads without running code."""
-    try:
-        return json.loads(json.dumps(values, default=lambda value: value.tolist()))
-    except (TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{str(values)[:60]!r} cannot be written as JSON ({error})") from error
+    return json.loads(json.dumps(values, default=lambda value: value.tolist()))
 
 
 def comparable(value):
@@ -2478,10 +2467,8 @@ def comparable(value):
 
 def checksum(dataset):
     """A number that changes with the entries and their order."""
-    crc = 0
-    for i in range(len(dataset)):
-        crc = zlib.crc32(json.dumps(dataset[i], default=comparable).encode(), crc)
-    return crc
+    entries = (json.dumps(dataset[i], default=comparable) for i in range(len(dataset)))
+    return zlib.crc32("".join(entries).encode())
 
 
 def load_checkpoint(path):
@@ -2492,7 +2479,7 @@ def load_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for damaged files
         raise ValueError(f"{path} is damaged or not a checkpoint ({type(error).__name__}); delete "
-                         "it, and resume runs its stage again") from error
+                         "it and those of later stages, and resume runs them again") from error
     require(isinstance(state, dict) and state.get("format") == "srlm 2",
             f"{path} is not a checkpoint of this version of srlm")
     return state
@@ -2826,7 +2813,7 @@ def main(argv=None):
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
             return ask(argv[1:]) if is_ask else train(Options.parse(argv))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"srlm: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

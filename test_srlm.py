@@ -2684,15 +2684,13 @@ def older_run():
     ("fit", failing(KeyboardInterrupt), None), ("report", failing(KeyboardInterrupt), None),
     ("evaluate", failing(KeyboardInterrupt), None), ("evaluate", failing(RuntimeError("no")), "no"),
     ("evaluate", lambda model: None, None), ("evaluate", lambda model: 7, None),
-    ("evaluate", lambda model: {"x": {1}}, r"stage \d \(.*\).*\{1\}.*JSON"),
-    ("evaluate", lambda model: {(1, 2): 3}, r"stage \d \(.*\).*JSON"),
+    ("evaluate", lambda model: {"x": {1}}, "'set'"), ("evaluate", lambda model: {(1, 2): 3}, "keys.*tuple"),
     ("fsync", failing(OSError(errno.ENOSPC, "No space left")), r"cannot write .*\.pt: No space left")])
 def test_a_run_that_broke_off_resumes_to_the_same_bits(where, what, words, at, overwrite, tmp_path):
     """A resume goes on after the last finished stage of the last run, and ends as if nothing had happened."""
     records, expected, files = undisturbed()
     functions = dict(fit=srlm.fit, fsync=os.fsync, report=lambda record: None, evaluate=draw)
-    call = 2 * at if where == "fsync" else at  # a stage is saved twice: before and after its evaluation
-    functions[where] = except_at(call, functions[where], what)
+    functions[where] = except_at(at, functions[where], what)
     for name, content in older_run().items() if overwrite else ():
         (tmp_path / name).write_bytes(content)
     broken = trainer(tmp_path, EVERY_KIND, evaluate=functions["evaluate"], report=functions["report"])
@@ -2707,7 +2705,8 @@ def test_a_run_that_broke_off_resumes_to_the_same_bits(where, what, words, at, o
         found = trainer(tmp_path, EVERY_KIND, model, evaluate=draw, report=reports.append)(resume=True)
     assert fit.call_count == len(KINDS) - finished and sorted(os.listdir(tmp_path)) == files
     assert timeless(found) == timeless(reports) == records and not moved(weights(model), expected)
-    assert timeless(srlm.load_checkpoint(tmp_path / files[-1])["records"]) == records
+    assert timeless(srlm.load_checkpoint(tmp_path / files[-1])["records"])[:-1] == records[:-1]
+    assert not model.training
 
 
 @posix
@@ -2750,7 +2749,7 @@ def test_a_damaged_checkpoint_is_named_and_left_alone(tmp_path, monkeypatch):
                for share in (0, 0.01, 0.5, 0.99) for end in (b"", bytes(100))]
     for content in (*damaged, bomb, other):
         path.write_bytes(content)
-        words = "0.sft.pt.*delete" if content in damaged else "0.sft.pt"
+        words = "0.sft.pt.*delete it and those of later stages" if content in damaged else "0.sft.pt"
         for read in (srlm.load_checkpoint, srlm.load_model, lambda path: run_again(resume=True)):
             with pytest.raises(ValueError, match=words):
                 read(path)
@@ -2782,7 +2781,7 @@ def test_checkpoints_are_never_overwritten_unasked(overwrite, clear, tmp_path, m
     again, new = trainer(tmp_path, [stage("sft"), stage("spin")], Tiny(seed=1)), {"0.sft.pt", "1.spin.pt"}
     if overwrite or clear == "1":
         again(overwrite_checkpoints=overwrite)
-        kept = set(FOREIGN) if overwrite else {*FOREIGN, "metrics.jsonl"}  # these are of the old run
+        kept = set(FOREIGN)
     else:
         with pytest.raises(ValueError, match="exists"):
             again()
@@ -2845,7 +2844,7 @@ def test_a_model_is_loaded_as_it_was_saved(tmp_path):
     assert loaded.config == model.config and not loaded.training
     same(loaded(ids), model(ids))
     wider = srlm.Transformer(srlm.ModelConfig(9, 8, 1, 1, 30, mlp_ratio=3), generator(0))
-    with pytest.raises(ValueError, match=r"0\.sft\.pt holds weights of another model.*ratio.*size mismatch"):
+    with pytest.raises(ValueError, match=r"0\.sft\.pt was .*'mlp_ratio': 2.*, not .*'mlp_ratio': 3"):
         trainer(tmp_path, [stage("sft"), stage("spin")], wider)(resume=True)
     trainer(tmp_path / "tiny", [stage("sft")])()
     with pytest.raises(ValueError, match="another kind of model"):
@@ -3251,7 +3250,7 @@ def test_every_option_is_documented_and_has_a_type(capsys):
     ("--stages sft --sft {folder}/missing.jsonl", "missing.jsonl"), ("--judged x", "--sft"),
     ("--sft x --stages sft,self", "needs --judged"), ("--sft x --judged y --stages sft,external", "external"),
     ("--checkpoints {folder}", "1.sft.pt exists; .*resume.*overwrite"),
-    ("--checkpoints {folder}/file/x", "cannot make the folder"),
+    ("--checkpoints {folder}/file/x", "file.x"),
     ("ask {folder}/missing.pt sort", "missing.pt"), ("ask {folder}/bad.pt sort", "bad.pt"),
     ("ask {folder}/0.sft.pt", "prompt"), ("ask {folder}/0.sft.pt sort cd", "cd"),
     ("ask {folder}/0.sft.pt " + "sort" * 99, "max_seq_len")])
