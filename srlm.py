@@ -1280,7 +1280,7 @@ def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
         loss.backward()
         sum_gradients_over_processes(parameters)
         point = {"loss": loss.detach(), **point}
-        points.append({name: float(sum_over_processes(value)) for name, value in point.items()})
+        points.append({name: sum_over_processes(value) for name, value in point.items()})
         require(math.isfinite(points[-1]["loss"]), f"step {step}: the loss is {points[-1]['loss']}")
         nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()
@@ -1846,16 +1846,12 @@ def last_number(template, reply):
         words = re.sub(emphasis, "", literal).split()
         return r"\s+".join(re.escape(word) for word in words)
 
-    before, _variable, after = _VARIABLE.split(template)
-    before, after = pattern(before), pattern(after)
-    if before:
-        before = rf"{before}\s*(?:{opening}\s*)?"
-    else:
-        before = "(?<![0-9])"  # "{{ reward }} points": never the 2 of "12 points"
-    after = rf"\s*{after}" if after else ""
+    before, _variable, after = map(pattern, _VARIABLE.split(template))
+    # Of "12 points", the template "{{ reward }} points" must not read the 2.
+    before = rf"{before}\s*(?:{opening}\s*)?" if before else "(?<![0-9])"
     reply = re.sub(rf"([0-9]){emphasis}+(?=[0-9])", r"\1 ", reply)  # "4**5**" is not 45
     reply = re.sub(emphasis, "", reply)
-    found = re.findall(before + number + after, reply, flags=re.IGNORECASE)
+    found = re.findall(rf"{before}{number}\s*{after}", reply, flags=re.IGNORECASE)
     return float(found[-1]) if found else None
 
 
@@ -1962,15 +1958,15 @@ class JudgeReward:
     stage whose judge gives no score to any answer of the first prompts."""
 
     def __init__(self, model, reward_config, **how):
-        self.replies, self.has_scored = deque(maxlen=3), False
-        how["on_reply"] = self.replies.append
-        self.judge = functools.partial(judge, model, reward_config, **how)
+        self.replies = deque(maxlen=3)
+        self.judge = functools.partial(
+            judge, model, reward_config, on_reply=self.replies.append, **how)
 
     def __call__(self, prompts, responses):
-        """The scores of the responses, (B,). ValueError if there has not been a single one."""
+        """The scores of the responses, (B,). ValueError if the first call finds none."""
+        is_first = len(self.replies) == 0
         scores = self.judge(prompts, responses)
-        self.has_scored |= not scores.isnan().all()
-        require(self.has_scored, "no preference pair: the judge gave no score to any of the first "
+        require(not (is_first and scores.isnan().all()), "no preference pair: the judge gave no score to any of the first "
                 f"{len(responses)} answers, all unparsed{quoted_replies(self)}")
         return scores
 
@@ -2013,25 +2009,25 @@ def on_rank_zero(work):
     return result[0]
 
 
+def gathered(value):
+    """The values of all processes, in the order of their ranks."""
+    values = [value] * rank_and_world_size()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def parallel_map(work, items, title):
     """Yield work(item) for each item, in order. The processes work on different items."""
     rank, world_size = rank_and_world_size()
     for at in progress(range(0, len(items), world_size), title):
         result = work(items[at + rank]) if at + rank < len(items) else None
-        results = [result] * world_size
-        if world_size > 1:
-            dist.all_gather_object(results, result)
-        yield from results[: len(items) - at]
+        yield from gathered(result)[: len(items) - at]
 
 
 def sum_over_processes(value):
     """The sum of one number of each process."""
-    if not dist.is_initialized():
-        return value
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    total = torch.tensor(float(value), dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.item()
+    return sum(gathered(float(value)))
 
 
 def sum_gradients_over_processes(parameters):
@@ -2080,27 +2076,17 @@ def refuse_old_names(cls, fields):
 
 
 def check_fields(config):
-    """Refuse a stage with a number, a mode or a data set that makes no sense."""
+    """Refuse a stage with a number or a mode that makes no sense."""
     stage, mode = type(config).__name__, config.eval_mode
     require(mode in ("max", "min"), f'{stage}: eval_mode = {mode!r} is neither "max" nor "min"')
     for name, value in vars(config).items():
         check_number(name, value, f"{stage}: {name} = {value!r}")
-    for name, dataset in datasets_of(config).items():
-        check_dataset(dataset, f"{stage}: {name}")
 
 
 def datasets_of(config):
     """The data sets of a stage by name, but not those that are functions of the model."""
     return {name: value for name, value in vars(config).items()
             if name.endswith("_dataset") and value is not None and not callable(value)}
-
-
-def check_dataset(dataset, name):
-    """Refuse what has no length or no index, and what is empty."""
-    is_indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-    require(is_indexed and not isinstance(dataset, (str, bytes, dict)), f"{name} is a "
-            f"{type(dataset).__name__}; it must have a length and an index, as a list has")
-    require(len(dataset) > 0, f"{name} is empty")
 
 
 def vocabulary_size(model):
@@ -2143,7 +2129,10 @@ def checked_data(config, name, model, text):
     names the data set and the first entry that is wrong."""
     dataset = getattr(config, name)
     rows = on_rank_zero(lambda: dataset(model)) if callable(dataset) else dataset
-    check_dataset(rows, name)
+    is_indexed = hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
+    require(is_indexed and not isinstance(rows, (str, bytes, dict)), f"{name} is a "
+            f"{type(rows).__name__}; it must have a length and an index, as a list has")
+    require(len(rows) > 0, f"{name} is empty")
     read = {"prompt_dataset": as_prompt, "pair_dataset": as_pair}.get(name, as_item)
     limits = getattr(model, "max_seq_len", math.inf), vocabulary_size(model)
     return [read(rows[i], f"{name}: item {i}", text, limits) for i in range(len(rows))]
@@ -2159,14 +2148,16 @@ def as_prompt(entry, where, text, limits):
 
 
 def as_item(entry, where, _, limits):
-    """A training item (ids, prompt_len)."""
+    """A training item (ids, prompt_len) that has a response and fits the model."""
     try:
         ids, n = entry
         n = operator.index(n)  # an integer of Python, numpy or torch
     except (TypeError, ValueError):
         raise ValueError(f"{where} is {str(entry)[:60]!r}, not (ids, prompt_len)") from None
-    ids = as_ids(ids, where)
-    check_text(ids, n, where, limits)
+    ids, (max_seq_len, vocab) = as_ids(ids, where), limits
+    require(0 <= n < len(ids) and 2 <= len(ids) <= max_seq_len, f"{where} has {len(ids)} tokens, "
+            f"{n} of them prompt; it needs a response, 2 tokens, {max_seq_len=}")
+    require(ids.max() < vocab, f"{where} has token {ids.max()}, vocabulary {vocab}")
     return ids, n
 
 
@@ -2179,28 +2170,18 @@ def as_pair(entry, where, text, limits):
         entry = PreferencePair(ids[:n], ids[n:], other[n:])
     prompt, chosen, rejected = (as_ids(ids, where) for ids in entry[:3])
     require(len(prompt) > 0, f"{where} has a prompt of 0 tokens")
-    check_text(torch.cat((prompt, chosen)), len(prompt), where, limits)
-    check_text(torch.cat((prompt, rejected)), len(prompt), where, limits)
+    for answer in (chosen, rejected):
+        as_item((torch.cat((prompt, answer)), len(prompt)), where, text, limits)
     require(not chosen.equal(rejected), f"{where} has two equal answers")
     return PreferencePair(prompt, chosen, rejected, *entry[3:])
 
 
-def check_text(ids, prompt_len, where, limits):
-    """Refuse a text that has no response, or that does not fit the model."""
-    max_seq_len, vocab = limits
-    require(0 <= prompt_len < len(ids) and 2 <= len(ids) <= max_seq_len, f"{where} has {len(ids)} "
-            f"tokens, {prompt_len} of them prompt; it needs a response, 2 tokens, {max_seq_len=}")
-    require(ids.max() < vocab, f"{where} has token {ids.max()}, vocabulary {vocab}")
-
-
 def checked_pick(picked, n):
     """What a picker returned: None, or two different indices of n candidates."""
-    if picked is None:
-        return None
     is_pair = isinstance(picked, (tuple, list)) and len(picked) == 2
-    require(is_pair and set(picked) <= set(range(n)) and picked[0] != picked[1],
+    require(picked is None or is_pair and set(picked) <= set(range(n)) and picked[0] != picked[1],
             f"pick_pair returned {picked!r}, not two different indices from 0 to {n - 1}")
-    return int(picked[0]), int(picked[1])
+    return picked
 
 
 def as_rewards(values, n):
@@ -2235,36 +2216,35 @@ def write_file(path, data):
         raise ValueError(f"cannot write {path}: {error.strerror}; older files are whole") from error
 
 
-def json_lines(path):
-    """(where, object) of each line of a JSON-lines file. ValueError names file, line and reason."""
-    where = path
+def read_lines(path, read):
+    """read(row) of each line of a JSON-lines file. ValueError names file, line and reason."""
+    found, where = [], path
     try:
         for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
             where = f"{path}, line {number}"
             if line.strip():
                 row = json.loads(line)
                 require(isinstance(row, dict), f"not an object but {line[:40]!r}")
-                yield where, row
+                found.append(read(row))
     except (OSError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
+    require(len(found) > 0, f"{path} is empty")
+    return found
 
 
 def read_jsonl(path, fields):
-    """The fields of each line: texts, and a score from 0 to 5. ValueError names file and line."""
-    rows = []
-    for where, row in json_lines(path):
-        for name in dict.fromkeys([*row, *fields]):
-            require(name in fields, f"{where}: unknown field {name!r}; known: {', '.join(fields)}")
-            require(name in row, f"{where}: no field {name!r}")
-            value = row[name]
+    """The fields of each line, and no others: texts, and a score from 0 to 5."""
+    def read(row):
+        require(row.keys() == set(fields), f"fields {', '.join(row)} instead of {', '.join(fields)}")
+        for name, value in row.items():
             if name == "score":
                 is_right = type(value) in (int, float) and 0 <= value <= 5
             else:
                 is_right = isinstance(value, str) and value.strip() != ""
-            require(is_right, f"{where}: {name} is {value!r}; a score is 0 to 5, all else a text")
-        rows.append(tuple(row[name] for name in fields))
-    require(len(rows) > 0, f"{path}: no examples")
-    return rows
+            require(is_right, f"{name} is {value!r}; a score is 0 to 5, all else a text")
+        return tuple(row[name] for name in fields)
+
+    return read_lines(path, read)
 
 
 def save_pairs(path, pairs, text):
@@ -2290,23 +2270,21 @@ def save_pairs(path, pairs, text):
 def load_pairs(path, text):
     """Read what save_pairs wrote, or a file of others with prompt, chosen and rejected. The tokens
     are the same wherever a text survives decoding and encoding."""
-    pairs = []
-    for where, row in json_lines(path):
+    def read(row):
         for name in ("prompt", "chosen", "rejected"):
-            value = row.get(name)
-            require(isinstance(value, str), f"{where}: {name} is {value!r}, not a text")
-        prompt, answers, scores = text.ids(row["prompt"]), [], []
+            require(isinstance(row.get(name), str), f"{name} is {row.get(name)!r}, not a text")
+        answers, scores = [], []
         for name in ("chosen", "rejected"):
-            has_end = row.get(name + "_ended", True) and text.eos_id is not None
-            end = prompt.new_tensor([text.eos_id] if has_end else [])
-            answers.append(torch.cat((text.ids(row[name]), end)))
-            score = row.get("score_" + name)
+            ids, score = text.ids(row[name]), row.get("score_" + name)
+            if text.eos_id is not None and row.get(name + "_ended", True):
+                ids = torch.cat((ids, ids.new_tensor([text.eos_id])))
             is_score = score is None or type(score) in (int, float)
-            require(is_score, f"{where}: score_{name} is {score!r}, not a number")
+            require(is_score, f"score_{name} is {score!r}, not a number")
+            answers.append(ids)
             scores.append(math.nan if score is None else float(score))
-        pairs.append(PreferencePair(prompt, *answers, *scores))
-    require(len(pairs) > 0, f"{path}: no pairs")
-    return pairs
+        return PreferencePair(text.ids(row["prompt"]), *answers, *scores)
+
+    return read_lines(path, read)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2571,18 +2549,17 @@ class Options(Recipe):
     @classmethod
     def parse(cls, argv):
         """The options of a command line. What is not given has its default, or that of --quick."""
-        parser = argparse.ArgumentParser(prog="srlm.py", description=__doc__.split("\n\n")[1],
-                                         epilog='[1] is arXiv:2401.10020. To ask a model: srlm.py '
-                                                'ask CHECKPOINT "PROMPT"')
+        parser = argparse.ArgumentParser(
+            prog="srlm.py", description=__doc__.split("\n\n")[1], allow_abbrev=False,
+            epilog='[1] is arXiv:2401.10020. To ask a model: srlm.py ask CHECKPOINT "PROMPT"')
         for item in dataclasses.fields(cls):
             is_switch = item.default is False
             kind = {"action": "store_true"} if is_switch else {"type": type(item.default)}
-            parser.add_argument("--" + item.name.replace("_", "-"), default=argparse.SUPPRESS,
-                                help=f"{item.metadata['help']} [{item.default}]", **kind)
-        given = vars(parser.parse_args(argv))
-        quick = {item.name: item.metadata["quick"] for item in dataclasses.fields(cls)
-                 if given.get("quick") and item.metadata["quick"] is not None}
-        return cls(**(quick | given))
+            quick = item.metadata["quick"] if "--quick" in argv else None
+            parser.add_argument("--" + item.name.replace("_", "-"),
+                                default=item.default if quick is None else quick,
+                                help=f"{item.metadata['help']} [%(default)s]", **kind)
+        return cls(**vars(parser.parse_args(argv)))
 
     def settings(self):
         """What a resumed run must share with the run that it continues, beside the settings of its
@@ -2718,11 +2695,10 @@ class Scoreboard:
         previous = self.scores[-1] if self.scores else None
         found = measure(model, self.world, self.text, graded_answers, previous)
         if self.world.score is None:
-            items = [self.text.item(*pair) for pair in self.world.held_out]
-            pieces = pieces_by_tokens([len(ids) for ids, _ in items])  # bounds the memory of logits
-            loss = sft_objective(items).loss
-            sums = [loss(model, [items[i] for i in piece])[:2] for piece in pieces]
-            found["held_out_loss"] = float(sum(x for x, _ in sums) / sum(n for _, n in sums))
+            objective = sft_objective([self.text.item(*pair) for pair in self.world.held_out])
+            parts = [objective.loss(model, [item])[:2] for item in objective.examples]
+            loss, n_tokens = map(sum, zip(*parts))
+            found["held_out_loss"] = float(loss / n_tokens)
         return found
 
     def report(self, record):
