@@ -1957,24 +1957,23 @@ class JudgeReward:
     """judge() as a reward function that keeps its last replies, to be quoted in an error. It ends a
     stage whose judge gives no score to any answer of the first prompts."""
 
-    def __init__(self, model, reward_config, **how):
+    def __init__(self, model, config, **how):
         self.replies = deque(maxlen=3)
-        self.judge = functools.partial(
-            judge, model, reward_config, on_reply=self.replies.append, **how)
+        self.judge = functools.partial(judge, model, config, on_reply=self.replies.append, **how)
 
     def __call__(self, prompts, responses):
         """The scores of the responses, (B,). ValueError if the first call finds none."""
         is_first = len(self.replies) == 0
         scores = self.judge(prompts, responses)
-        require(not (is_first and scores.isnan().all()), "no preference pair: the judge gave no score to any of the first "
-                f"{len(responses)} answers, all unparsed{quoted_replies(self)}")
+        require(not (is_first and scores.isnan().all()), "no preference pair: all of the first "
+                f"{len(responses)} answers are without a score, unparsed{quoted_replies(self)}")
         return scores
 
 
 def quoted_replies(reward_fn):
     """The end of an error message: what the judge replied, if the reward is a judge's."""
     replies = list(getattr(reward_fn, "replies", []))
-    return f"; its last replies were {replies}" if replies else ""
+    return f"; the judge's last replies were {replies}" if replies else ""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2235,7 +2234,7 @@ def read_lines(path, read):
 def read_jsonl(path, fields):
     """The fields of each line, and no others: texts, and a score from 0 to 5."""
     def read(row):
-        require(row.keys() == set(fields), f"fields {', '.join(row)} instead of {', '.join(fields)}")
+        require(row.keys() == set(fields), f"the fields are {[*row]}, not {[*fields]}")
         for name, value in row.items():
             if name == "score":
                 is_right = type(value) in (int, float) and 0 <= value <= 5
@@ -2318,8 +2317,7 @@ class SelfRewardingTrainer:
         self.model = model if device is None else model.to(device)
         self.folder, self.seed, self.settings = Path(checkpoints_folder), seed, settings or {}
         self.evaluate, self.report = evaluate, report
-        config = getattr(model, "config", None)  # its shape, if it is the built-in Transformer
-        self.model_config = vars(config) if isinstance(config, ModelConfig) else None
+        self.model_config = vars(model.config) if isinstance(model, Transformer) else None
 
     def _check(self):
         """Check whatever can be checked before any work."""
@@ -2414,10 +2412,9 @@ class SelfRewardingTrainer:
     def _save(self, path, records):
         """Write a checkpoint of the model as it is now, after the stage of the last record."""
         def save():
-            state = {"format": "srlm 2", "model": self.model.state_dict(), "records": records,
-                     "model_config": self.model_config, "settings": self._settings(len(records) - 1)}
-            buffer = io.BytesIO()
-            torch.save(state, buffer)
+            settings, buffer = self._settings(len(records) - 1), io.BytesIO()
+            torch.save({"format": "srlm 2", "model": self.model.state_dict(), "records": records,
+                        "model_config": self.model_config, "settings": settings}, buffer)
             write_file(path, buffer.getvalue())
         on_rank_zero(save)
 
@@ -2496,18 +2493,16 @@ def propose_prompts(model, n, *, known=(), text=TextFormat(), is_valid=None, max
     header, _, footer = _VARIABLE.split(text.chat_template)
     require(bool(header and footer), f"propose_prompts: the chat template {text.chat_template!r} "
             "must say where a prompt begins and ends, by text before and after it")
-    taken, new, counts = set(known), {}, dict(written=0, valid=0, new=0)  # new: an ordered set
-    while len(new) < n and counts["written"] < max_tries * n:
-        for row in sample(model, [text.ids(header)] * n, max_new_tokens=max_new_tokens,
-                          eos_id=text.eos_id, **sampling):
-            prompt, end, _ = text.text(row).partition(footer)
-            valid = bool(end and prompt.strip()) and (is_valid is None or is_valid(prompt))
-            counts["written"] += 1
-            counts["valid"] += valid
-            if valid and prompt not in taken:
-                new[prompt] = None
-    counts["new"] = len(new)
-    return list(new)[:n], counts
+    known, valid, new, n_written = set(known), [], [], 0
+    while len(new) < n and n_written < max_tries * n:
+        rows = sample(model, [text.ids(header)] * n, max_new_tokens=max_new_tokens,
+                      eos_id=text.eos_id, **sampling)
+        n_written += n
+        for prompt, end, _ in (text.text(row).partition(footer) for row in rows):
+            if end and prompt.strip() and (is_valid is None or is_valid(prompt)):
+                valid.append(prompt)
+        new = list(dict.fromkeys(prompt for prompt in valid if prompt not in known))
+    return new[:n], dict(written=n_written, valid=len(valid), new=len(new))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2679,7 +2674,7 @@ class Scoreboard:
 
     def __init__(self, world, text, demonstrations, made_with_m0, folder):
         self.world, self.text, self.made_with_m0, self.folder = world, text, made_with_m0, folder
-        self.scores = []  # true scores (P, 5) of every model so far
+        self.scores = [None]  # true scores (P, 5) of the model of each line, where there are any
         scores = [world.score(*pair) for pair in demonstrations] if world.score else []
         mean = float(np.mean(scores)) if scores else None
         self.lines = [{"model": "demonstrations", "oracle_score": mean}]
@@ -2691,9 +2686,9 @@ class Scoreboard:
 
     def evaluate(self, model):
         """The trainer's `evaluate`. M0 has seen no judge prompt, so it is not asked to judge."""
-        graded_answers = self.made_with_m0()[1] if self.made_with_m0 and self.scores else None
-        previous = self.scores[-1] if self.scores else None
-        found = measure(model, self.world, self.text, graded_answers, previous)
+        can_judge = self.made_with_m0 is not None and len(self.lines) > 1
+        graded_answers = self.made_with_m0()[1] if can_judge else None
+        found = measure(model, self.world, self.text, graded_answers, self.scores[-1])
         if self.world.score is None:
             objective = sft_objective([self.text.item(*pair) for pair in self.world.held_out])
             parts = [objective.loss(model, [item])[:2] for item in objective.examples]
@@ -2712,8 +2707,8 @@ class Scoreboard:
 
     def conclude(self, path):
         """Compare the last model with M1, and say how to ask it."""
-        if self.world.score is not None and len(self.scores) > 2:
-            shares = head_to_head(self.scores[-1], self.scores[1])
+        if self.world.score is not None and len(self.scores) > 3:
+            shares = head_to_head(self.scores[-1], self.scores[2])
             last = self.lines[-1]["model"]
             say(f"\n{last} against M1: win {shares['win']:.0%}, lose {shares['lose']:.0%}")
         say(f'\nask it: python srlm.py ask {path} "{self.world.eval_prompts[0]}"')
@@ -2739,9 +2734,11 @@ def train(options, world=None):
     @functools.cache
     def made_with_m0():
         """The judging data, and what judges are measured by. M0 writes answers for both. It is
-        read from its checkpoint, so that a resumed run has the same data."""
-        m0 = load_model(folder / "0.sft.pt").to(options.device)
-        return world.judgements(options.judgements, m0, options.tidy), world.graded_answers(m0)
+        read from its checkpoint, so that a resumed run has the same data. Nor do the draws depend
+        on who asks first, an evaluation or a stage."""
+        with seeded(options.seed):
+            m0 = load_model(folder / "0.sft.pt").to(options.device)
+            return world.judgements(options.judgements, m0, options.tidy), world.graded_answers(m0)
 
     can_judge = bool(options.judged or not options.sft)
     board = Scoreboard(world, text, demonstrations, made_with_m0 if can_judge else None, folder)

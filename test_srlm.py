@@ -2958,8 +2958,8 @@ def test_other_files_are_read(tmp_path):
 
 @pytest.mark.parametrize("read, line, reason", [
     (read_rows, "{", "Expecting"), (read_rows, "[1]", "not an object"),
-    (read_rows, '{"prompt": "a"}', "fields prompt instead of prompt, score"),
-    (read_rows, '{"prompt": "a", "score": 1, "x": 1}', "fields prompt, score, x instead"),
+    (read_rows, '{"prompt": "a"}', r"fields are \['prompt'\], not"),
+    (read_rows, '{"prompt": "a", "score": 1, "x": 1}', "fields are .*'x'.*, not"),
     (read_rows, '{"prompt": 3, "score": 1}', "prompt is 3"),
     (read_rows, '{"prompt": " ", "score": 1}', "prompt is ' '"),
     *((read_rows, f'{{"prompt": "a", "score": {score}}}', "score is ")
