@@ -2277,8 +2277,6 @@ def load_pairs(path, text):
             ids, score = text.ids(row[name]), row.get("score_" + name)
             if text.eos_id is not None and row.get(name + "_ended", True):
                 ids = torch.cat((ids, ids.new_tensor([text.eos_id])))
-            is_score = score is None or type(score) in (int, float)
-            require(is_score, f"score_{name} is {score!r}, not a number")
             answers.append(ids)
             scores.append(math.nan if score is None else float(score))
         return PreferencePair(text.ids(row["prompt"]), *answers, *scores)
@@ -2764,6 +2762,7 @@ def ask(argv):
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely answer")
     args = parser.parse_args(argv)
     model, world = load_model(args.checkpoint), LetterWorld(list(INSTRUCTIONS))
+    learned = load_checkpoint(args.checkpoint)["settings"].get("instructions")
     text = TextFormat(chat_template=world.CHAT_TEMPLATE)
     answer = respond(model, [args.prompt], text, 128, temperature=args.temperature)[0]
     found = judge(model, world.JUDGE, [args.prompt], [answer])
@@ -2772,7 +2771,7 @@ def ask(argv):
     with contextlib.suppress(ValueError):  # of a prompt that LetterWorld does not have
         points = world.points(args.prompt, answer)
         named = ", ".join(f"{name} {point}" for name, point in zip(world.POINTS, points))
-        say(f"true score  {sum(points)} of 5: {named}")
+        say(f"true score  {sum(points)} of 5: {named}", f"its run     had --instructions {learned}")
 
 
 def main(argv=None):
