@@ -2061,11 +2061,11 @@ def check_number(name, value, shown_as):
         require(name != "warmup" or value <= 1, f"{shown_as} is not a share, 0 to 1, of the steps")
 
 
-_OLD_NAMES = {  # of self-rewarding-lm-pytorch
-    "dpo_beta": "beta", "spin_λ": "lam", "num_train_steps": "steps",
-    "gen_temperature": "temperature", "pick_paired_rewards_fn": "pick_pair",
-    "num_generated_preference_pairs": "n_pairs", "start_learning_rate": "learning_rate",
-    "max_seq_len": "max_new_tokens, without the prompt"}
+# Fields of self-rewarding-lm-pytorch
+_OLD_NAMES = {"dpo_beta": "beta", "spin_λ": "lam", "num_train_steps": "steps",
+              "gen_temperature": "temperature", "pick_paired_rewards_fn": "pick_pair",
+              "num_generated_preference_pairs": "n_pairs", "start_learning_rate": "learning_rate",
+              "max_seq_len": "max_new_tokens, without the prompt"}
 
 
 def refuse_old_names(cls, fields):
@@ -2162,17 +2162,16 @@ def as_item(entry, where, _, limits):
 
 def as_pair(entry, where, text, limits):
     """A PreferencePair, made of one or of texts (prompt, chosen, rejected)."""
-    if not isinstance(entry, PreferencePair):
+    if isinstance(entry, PreferencePair):
+        items = [(torch.cat((entry.prompt, answer)), len(entry.prompt)) for answer in entry[1:3]]
+    else:
         is_texts = isinstance(entry, (tuple, list)) and [type(x) for x in entry] == [str] * 3
         require(is_texts, f"{where} is {str(entry)[:60]!r}, not texts (prompt, chosen, rejected)")
-        (ids, n), (other, _) = text.item(entry[0], entry[1]), text.item(entry[0], entry[2])
-        entry = PreferencePair(ids[:n], ids[n:], other[n:])
-    prompt, chosen, rejected = (as_ids(ids, where) for ids in entry[:3])
-    require(len(prompt) > 0, f"{where} has a prompt of 0 tokens")
-    for answer in (chosen, rejected):
-        as_item((torch.cat((prompt, answer)), len(prompt)), where, text, limits)
+        items = [text.item(entry[0], answer) for answer in entry[1:]]
+    (chosen, n), (rejected, _) = (as_item(item, where, text, limits) for item in items)
+    require(n > 0, f"{where} has a prompt of 0 tokens")
     require(not chosen.equal(rejected), f"{where} has two equal answers")
-    return PreferencePair(prompt, chosen, rejected, *entry[3:])
+    return PreferencePair(chosen[:n], chosen[n:], rejected[n:], *entry[3:])
 
 
 def checked_pick(picked, n):
