@@ -1955,7 +1955,7 @@ def summary_of(points):
 
 class JudgeReward:
     """judge() as a reward function that keeps its last replies, to be quoted in an error. It ends a
-    stage whose judge gives no score to any answer of the first prompts."""
+    stage whose judge gives no score to any answer of its first call."""
 
     def __init__(self, model, config, **how):
         self.replies = deque(maxlen=3)
@@ -2054,10 +2054,9 @@ _LOWEST = {"n_candidates": 2, "warmup": 0, "weight_decay": 0, "temperature": 0, 
 def check_number(name, value, shown_as):
     """Refuse a number that makes no sense for the setting of this name."""
     if type(value) in (int, float):
-        lowest = _LOWEST.get(name)
-        is_large_enough = value > 0 if lowest is None else value >= lowest
-        rule = "above 0" if lowest is None else f"{lowest} or more"
-        require(is_large_enough and value < math.inf, f"{shown_as} is not {rule}")
+        lowest = _LOWEST.get(name, math.ulp(0))  # the smallest positive number
+        rule = f"{lowest} or more" if name in _LOWEST else "above 0"
+        require(lowest <= value < math.inf, f"{shown_as} is not {rule}")
         require(name != "warmup" or value <= 1, f"{shown_as} is not a share, 0 to 1, of the steps")
 
 
@@ -2235,11 +2234,10 @@ def read_jsonl(path, fields):
     def read(row):
         require(row.keys() == set(fields), f"the fields are {[*row]}, not {[*fields]}")
         for name, value in row.items():
-            if name == "score":
-                is_right = type(value) in (int, float) and 0 <= value <= 5
-            else:
-                is_right = isinstance(value, str) and value.strip() != ""
-            require(is_right, f"{name} is {value!r}; a score is 0 to 5, all else a text")
+            is_text = isinstance(value, str) and value.strip() != ""
+            is_score = type(value) in (int, float) and 0 <= value <= 5
+            require(is_score if name == "score" else is_text,
+                    f"{name} is {value!r}; a score is 0 to 5, all else a text")
         return tuple(row[name] for name in fields)
 
     return read_lines(path, read)
@@ -2339,7 +2337,8 @@ class SelfRewardingTrainer:
     def __call__(self, *, overwrite_checkpoints=False, resume=False):
         """Run the stages. Returns the record of each: stage, kind, seconds, steps, loss, history;
         for preference stages reward_accuracy, reward_margin, chosen_logprob, rejected_logprob;
-        for stages that write pairs also their counts; and what `evaluate` found."""
+        for stages that write pairs also their counts; and what `evaluate` found. The model ends in
+        evaluation mode."""
         self._check()
         records = on_rank_zero(lambda: self._begin(overwrite_checkpoints, resume))
         self.model.load_state_dict(on_rank_zero(self.model.state_dict))  # the same everywhere
