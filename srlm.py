@@ -2371,7 +2371,7 @@ class SelfRewardingTrainer:
 
     def _begin(self, overwrite, resume):
         """Prepare the folder; load the last finished stage. Returns the records up to it. The last
-        one is not evaluated yet, since its checkpoint was written before."""
+        one holds no evaluation, because a checkpoint is written before the evaluation."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if overwrite or os.environ.get("SRLM_CLEAR_CHECKPOINTS") == "1":
             # Remove every file of the old run, so that no later resume can take one of them.
@@ -2730,8 +2730,8 @@ def train(options, world=None):
     @functools.cache
     def made_with_m0():
         """The judging data, and what judges are measured by. M0 writes answers for both. It is
-        read from its checkpoint, so that a resumed run has the same data. Nor do the draws depend
-        on who asks first, an evaluation or a stage."""
+        read from its checkpoint, so that a resumed run has the same data. The seed makes the draws
+        the same whoever asks first, a stage or an evaluation."""
         with seeded(options.seed):
             m0 = load_model(folder / "0.sft.pt").to(options.device)
             return world.judgements(options.judgements, m0, options.tidy), world.graded_answers(m0)
