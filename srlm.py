@@ -1123,7 +1123,7 @@ def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
         loss.backward()
         sum_gradients_over_processes(parameters)
         metrics = {"loss": loss.detach(), **metrics}
-        points.append({name: float(sum_over_processes(x)) for name, x in metrics.items()})
+        points.append({name: sum_over_processes(x) for name, x in metrics.items()})
         require(math.isfinite(points[-1]["loss"]), f"step {step}: the loss is {points[-1]['loss']}")
         nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()
@@ -1747,16 +1747,12 @@ def last_number(template, reply):
         words = re.sub(emphasis, "", literal).split()
         return r"\s+".join(re.escape(word) for word in words)
 
-    before, _variable, after = _VARIABLE.split(template)
-    before, after = pattern(before), pattern(after)
-    if before:
-        before = rf"{before}\s*(?:{opening}\s*)?"
-    else:
-        before = "(?<![0-9])"  # "{{ reward }} points": never the 2 of "12 points"
-    after = rf"\s*{after}" if after else ""
+    before, _variable, after = map(pattern, _VARIABLE.split(template))
+    # Of "12 points", the template "{{ reward }} points" must not read the 2.
+    before = rf"{before}\s*(?:{opening}\s*)?" if before else "(?<![0-9])"
     reply = re.sub(rf"([0-9]){emphasis}+(?=[0-9])", r"\1 ", reply)  # "4**5**" is not 45
     reply = re.sub(emphasis, "", reply)
-    found = re.findall(before + number + after, reply, flags=re.IGNORECASE)
+    found = re.findall(rf"{before}{number}\s*{after}", reply, flags=re.IGNORECASE)
     return float(found[-1]) if found else None
 
 
@@ -1860,10 +1856,10 @@ def summary_of(points):
 
 class JudgeReward:
     """judge() as a reward function that keeps its last replies, to be quoted in an error. It ends a
-    stage whose judge gives no score to any answer of the first prompts."""
+    stage whose judge gives no score to any answer of its first call."""
 
     def __init__(self, model, reward_config, *, decode, **how):
-        self.replies, self.has_scored = deque(maxlen=3), False
+        self.replies = deque(maxlen=3)
 
         def decode_and_keep(ids):
             """Decode a reply; judge() decodes nothing else."""
@@ -1873,11 +1869,11 @@ class JudgeReward:
         self.judge = functools.partial(judge, model, reward_config, decode=decode_and_keep, **how)
 
     def __call__(self, prompts, responses):
-        """The scores of the responses, (B,). ValueError if there has not been a single one."""
+        """The scores of the responses, (B,). ValueError if the first call finds none."""
+        is_first = len(self.replies) == 0
         scores = self.judge(prompts, responses)
-        self.has_scored |= not scores.isnan().all()
-        require(self.has_scored, "no preference pair: the judge gave no score to any of the first "
-                f"{len(responses)} answers, all unparsed{quoted_replies(self)}")
+        require(not (is_first and scores.isnan().all()), "no preference pair: all of the first "
+                f"{len(responses)} answers are without a score, unparsed{quoted_replies(self)}")
         return scores
 
 
@@ -1915,7 +1911,7 @@ def find_judge(reward_config, judges):
 def quoted_replies(reward_fn):
     """The end of an error message: what the judge replied, if the reward is a judge's."""
     replies = list(getattr(reward_fn, "replies", []))
-    return f"; its last replies were {replies}" if replies else ""
+    return f"; the judge's last replies were {replies}" if replies else ""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1950,25 +1946,25 @@ def on_rank_zero(work):
     return result[0]
 
 
+def gathered(value):
+    """The values of all processes, in the order of their ranks."""
+    values = [value] * rank_and_world_size()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def parallel_map(work, items, title):
     """Yield work(item) for each item, in order. The processes work on different items."""
     rank, world_size = rank_and_world_size()
     for at in progress(range(0, len(items), world_size), title):
         result = work(items[at + rank]) if at + rank < len(items) else None
-        results = [result] * world_size
-        if world_size > 1:
-            dist.all_gather_object(results, result)
-        yield from results[: len(items) - at]
+        yield from gathered(result)[: len(items) - at]
 
 
 def sum_over_processes(value):
     """The sum of one number of each process."""
-    if not dist.is_initialized():
-        return value
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    total = torch.tensor(float(value), dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.item()
+    return sum(gathered(float(value)))
 
 
 def sum_gradients_over_processes(parameters):
@@ -1996,18 +1992,17 @@ _LOWEST = {"n_candidates": 2, "warmup": 0, "weight_decay": 0, "temperature": 0, 
 def check_number(name, value, shown_as):
     """Refuse a number that makes no sense for the setting of this name."""
     if type(value) in (int, float):
-        lowest = _LOWEST.get(name)
-        is_large_enough = value > 0 if lowest is None else value >= lowest
-        rule = "above 0" if lowest is None else f"{lowest} or more"
-        require(is_large_enough and value < math.inf, f"{shown_as} is not {rule}")
+        lowest = _LOWEST.get(name, math.ulp(0))  # the smallest positive number
+        rule = f"{lowest} or more" if name in _LOWEST else "above 0"
+        require(lowest <= value < math.inf, f"{shown_as} is not {rule}")
         require(name != "warmup" or value <= 1, f"{shown_as} is not a share, 0 to 1, of the steps")
 
 
-_OLD_NAMES = {  # of self-rewarding-lm-pytorch
-    "dpo_beta": "beta", "spin_λ": "lam", "num_train_steps": "steps",
-    "gen_temperature": "temperature", "pick_paired_rewards_fn": "pick_pair",
-    "num_generated_preference_pairs": "n_pairs", "start_learning_rate": "learning_rate",
-    "max_seq_len": "max_new_tokens, without the prompt"}
+# Fields of self-rewarding-lm-pytorch
+_OLD_NAMES = {"dpo_beta": "beta", "spin_λ": "lam", "num_train_steps": "steps",
+              "gen_temperature": "temperature", "pick_paired_rewards_fn": "pick_pair",
+              "num_generated_preference_pairs": "n_pairs", "start_learning_rate": "learning_rate",
+              "max_seq_len": "max_new_tokens, without the prompt"}
 
 
 def refuse_old_names(cls, fields):
@@ -2017,27 +2012,17 @@ def refuse_old_names(cls, fields):
 
 
 def check_fields(config):
-    """Refuse a stage with a number, a mode or a data set that makes no sense."""
+    """Refuse a stage with a number or a mode that makes no sense."""
     stage, mode = type(config).__name__, config.eval_mode
     require(mode in ("max", "min"), f'{stage}: eval_mode = {mode!r} is neither "max" nor "min"')
     for name, value in vars(config).items():
         check_number(name, value, f"{stage}: {name} = {value!r}")
-    for name, dataset in datasets_of(config).items():
-        check_dataset(dataset, f"{stage}: {name}")
 
 
 def datasets_of(config):
     """The data sets of a stage by name, but not those that are functions of the model."""
     return {name: value for name, value in vars(config).items()
             if name.endswith("_dataset") and value is not None and not callable(value)}
-
-
-def check_dataset(dataset, name):
-    """Refuse what has no length or no index, and what is empty."""
-    is_indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-    require(is_indexed and not isinstance(dataset, (str, bytes, dict)), f"{name} is a "
-            f"{type(dataset).__name__}; it must have a length and an index, as a list has")
-    require(len(dataset) > 0, f"{name} is empty")
 
 
 def vocabulary_size(model):
@@ -2080,7 +2065,10 @@ def checked_data(config, name, model, text):
     names the data set and the first entry that is wrong."""
     dataset = getattr(config, name)
     rows = on_rank_zero(lambda: dataset(model)) if callable(dataset) else dataset
-    check_dataset(rows, name)
+    is_indexed = hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
+    require(is_indexed and not isinstance(rows, (str, bytes, dict)), f"{name} is a "
+            f"{type(rows).__name__}; it must have a length and an index, as a list has")
+    require(len(rows) > 0, f"{name} is empty")
     read = {"prompt_dataset": as_prompt, "pair_dataset": as_pair}.get(name, as_item)
     limits = getattr(model, "max_seq_len", math.inf), vocabulary_size(model)
     return [read(rows[i], f"{name}: item {i}", text, limits) for i in range(len(rows))]
@@ -2096,48 +2084,39 @@ def as_prompt(entry, where, text, limits):
 
 
 def as_item(entry, where, _, limits):
-    """A training item (ids, prompt_len)."""
+    """A training item (ids, prompt_len) that has a response and fits the model."""
     try:
         ids, n = entry
         n = operator.index(n)  # an integer of Python, numpy or torch
     except (TypeError, ValueError):
         raise ValueError(f"{where} is {str(entry)[:60]!r}, not (ids, prompt_len)") from None
-    ids = as_ids(ids, where)
-    check_text(ids, n, where, limits)
+    ids, (max_seq_len, vocab) = as_ids(ids, where), limits
+    require(0 <= n < len(ids) and 2 <= len(ids) <= max_seq_len, f"{where} has {len(ids)} tokens, "
+            f"{n} of them prompt; it needs a response, 2 tokens, {max_seq_len=}")
+    require(ids.max() < vocab, f"{where} has token {ids.max()}, vocabulary {vocab}")
     return ids, n
 
 
 def as_pair(entry, where, text, limits):
     """A PreferencePair, made of one or of texts (prompt, chosen, rejected)."""
-    if not isinstance(entry, PreferencePair):
+    if isinstance(entry, PreferencePair):
+        items = [(torch.cat((entry.prompt, answer)), len(entry.prompt)) for answer in entry[1:3]]
+    else:
         is_texts = isinstance(entry, (tuple, list)) and [type(x) for x in entry] == [str] * 3
         require(is_texts, f"{where} is {str(entry)[:60]!r}, not texts (prompt, chosen, rejected)")
-        (ids, n), (other, _) = text.item(entry[0], entry[1]), text.item(entry[0], entry[2])
-        entry = PreferencePair(ids[:n], ids[n:], other[n:])
-    prompt, chosen, rejected = (as_ids(ids, where) for ids in entry[:3])
-    require(len(prompt) > 0, f"{where} has a prompt of 0 tokens")
-    check_text(torch.cat((prompt, chosen)), len(prompt), where, limits)
-    check_text(torch.cat((prompt, rejected)), len(prompt), where, limits)
+        items = [text.item(entry[0], answer) for answer in entry[1:]]
+    (chosen, n), (rejected, _) = (as_item(item, where, text, limits) for item in items)
+    require(n > 0, f"{where} has a prompt of 0 tokens")
     require(not chosen.equal(rejected), f"{where} has two equal answers")
-    return PreferencePair(prompt, chosen, rejected, *entry[3:])
-
-
-def check_text(ids, prompt_len, where, limits):
-    """Refuse a text that has no response, or that does not fit the model."""
-    max_seq_len, vocab = limits
-    require(0 <= prompt_len < len(ids) and 2 <= len(ids) <= max_seq_len, f"{where} has {len(ids)} "
-            f"tokens, {prompt_len} of them prompt; it needs a response, 2 tokens, {max_seq_len=}")
-    require(ids.max() < vocab, f"{where} has token {ids.max()}, vocabulary {vocab}")
+    return PreferencePair(chosen[:n], chosen[n:], rejected[n:], *entry[3:])
 
 
 def checked_pick(picked, n):
     """What a picker returned: None, or two different indices of n candidates."""
-    if picked is None:
-        return None
     is_pair = isinstance(picked, (tuple, list)) and len(picked) == 2
-    require(is_pair and set(picked) <= set(range(n)) and picked[0] != picked[1],
+    require(picked is None or is_pair and set(picked) <= set(range(n)) and picked[0] != picked[1],
             f"pick_pair returned {picked!r}, not two different indices from 0 to {n - 1}")
-    return int(picked[0]), int(picked[1])
+    return picked
 
 
 def as_rewards(values, n):
@@ -2172,36 +2151,34 @@ def write_file(path, data):
         raise ValueError(f"cannot write {path}: {error.strerror}; older files are whole") from error
 
 
-def json_lines(path):
-    """(where, object) of each line of a JSON-lines file. ValueError names file, line and reason."""
-    where = path
+def read_lines(path, read):
+    """read(row) of each line of a JSON-lines file. ValueError names file, line and reason."""
+    found, where = [], path
     try:
         for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
             where = f"{path}, line {number}"
             if line.strip():
                 row = json.loads(line)
                 require(isinstance(row, dict), f"not an object but {line[:40]!r}")
-                yield where, row
+                found.append(read(row))
     except (OSError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
+    require(len(found) > 0, f"{path} is empty")
+    return found
 
 
 def read_jsonl(path, fields):
-    """The fields of each line: texts, and a score from 0 to 5. ValueError names file and line."""
-    rows = []
-    for where, row in json_lines(path):
-        for name in dict.fromkeys([*row, *fields]):
-            require(name in fields, f"{where}: unknown field {name!r}; known: {', '.join(fields)}")
-            require(name in row, f"{where}: no field {name!r}")
-            value = row[name]
-            if name == "score":
-                is_right = type(value) in (int, float) and 0 <= value <= 5
-            else:
-                is_right = isinstance(value, str) and value.strip() != ""
-            require(is_right, f"{where}: {name} is {value!r}; a score is 0 to 5, all else a text")
-        rows.append(tuple(row[name] for name in fields))
-    require(len(rows) > 0, f"{path}: no examples")
-    return rows
+    """The fields of each line, and no others: texts, and a score from 0 to 5."""
+    def read(row):
+        require(row.keys() == set(fields), f"the fields are {[*row]}, not {[*fields]}")
+        for name, value in row.items():
+            is_text = isinstance(value, str) and value.strip() != ""
+            is_score = type(value) in (int, float) and 0 <= value <= 5
+            require(is_score if name == "score" else is_text,
+                    f"{name} is {value!r}; a score is 0 to 5, all else a text")
+        return tuple(row[name] for name in fields)
+
+    return read_lines(path, read)
 
 
 def save_pairs(path, pairs, text):
@@ -2227,23 +2204,19 @@ def save_pairs(path, pairs, text):
 def load_pairs(path, text):
     """Read what save_pairs wrote, or a file of others with prompt, chosen and rejected. The tokens
     are the same wherever a text survives decoding and encoding."""
-    pairs = []
-    for where, row in json_lines(path):
+    def read(row):
         for name in ("prompt", "chosen", "rejected"):
-            value = row.get(name)
-            require(isinstance(value, str), f"{where}: {name} is {value!r}, not a text")
-        prompt, answers, scores = text.ids(row["prompt"]), [], []
+            require(isinstance(row.get(name), str), f"{name} is {row.get(name)!r}, not a text")
+        answers, scores = [], []
         for name in ("chosen", "rejected"):
-            has_end = row.get(name + "_ended", True) and text.eos_id is not None
-            end = prompt.new_tensor([text.eos_id] if has_end else [])
-            answers.append(torch.cat((text.ids(row[name]), end)))
-            score = row.get("score_" + name)
-            is_score = score is None or type(score) in (int, float)
-            require(is_score, f"{where}: score_{name} is {score!r}, not a number")
+            ids, score = text.ids(row[name]), row.get("score_" + name)
+            if text.eos_id is not None and row.get(name + "_ended", True):
+                ids = torch.cat((ids, ids.new_tensor([text.eos_id])))
+            answers.append(ids)
             scores.append(math.nan if score is None else float(score))
-        pairs.append(PreferencePair(prompt, *answers, *scores))
-    require(len(pairs) > 0, f"{path}: no pairs")
-    return pairs
+        return PreferencePair(text.ids(row["prompt"]), *answers, *scores)
+
+    return read_lines(path, read)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2268,8 +2241,7 @@ class SelfRewardingTrainer:
         join_processes()
         stages, judges = finetune_configs, self_reward_prompt_config
         self.configs = paper_stages(**stages) if isinstance(stages, dict) else list(stages)
-        is_stage = lambda c: isinstance(c, StageConfig) and hasattr(c, "run")
-        require(len(self.configs) > 0 and all(map(is_stage, self.configs)),
+        require(len(self.configs) > 0 and all(hasattr(config, "run") for config in self.configs),
                 f"finetune_configs: one or more stage configs are needed, not {self.configs!r}")
         self.judges = judges if isinstance(judges, dict) else {"default": judges}
         self.text = TextFormat(tokenizer_encode, tokenizer_decode, chat_template, eos_id)
@@ -2278,22 +2250,21 @@ class SelfRewardingTrainer:
         self.model = model if device is None else model.to(device)
         self.folder, self.seed, self.settings = Path(checkpoints_folder), seed, settings or {}
         self.evaluate, self.report = evaluate, report
-        limit = getattr(model, "max_seq_len", math.inf)
-        for stage, config in enumerate(self.configs):
-            for name in ("max_new_tokens", "max_judge_tokens"):
-                value, where = getattr(config, name, 0), f"stage {stage} ({config.kind}): {name}"
-                require(value < limit, f"{where} = {value} is not below max_seq_len = {limit}")
+        self.model_config = vars(model.config) if isinstance(model, Transformer) else None
 
     def _check(self):
         """Check whatever can be checked before any work."""
         vocab, eos_id = vocabulary_size(self.model), self.text.eos_id
-        world_size = rank_and_world_size()[1]
+        limit, world_size = getattr(self.model, "max_seq_len", math.inf), rank_and_world_size()[1]
         require(eos_id is None or 0 <= eos_id < vocab, f"eos_id={eos_id} is outside the model's "
                 f"vocabulary of {vocab}; with eos_id=None answers end by length")
         for stage, config in enumerate(self.configs):
             with stage_named(stage, config):
                 require(config.batch_size >= world_size, f"batch_size={config.batch_size} leaves "
                         f"some of {world_size} processes without an example")
+                for name in ("max_new_tokens", "max_judge_tokens"):
+                    value = getattr(config, name, 0)
+                    require(value < limit, f"{name} = {value} is not below max_seq_len = {limit}")
                 for name in datasets_of(config):
                     checked_data(config, name, self.model, self.text)
 
@@ -2304,12 +2275,13 @@ class SelfRewardingTrainer:
     def __call__(self, *, overwrite_checkpoints=False, resume=False):
         """Run the stages. Returns the record of each: stage, kind, seconds, steps, loss, history;
         for preference stages reward_accuracy, reward_margin, chosen_logprob, rejected_logprob;
-        for stages that write pairs also their counts; and what `evaluate` found."""
+        for stages that write pairs also their counts; and what `evaluate` found. The model ends in
+        evaluation mode."""
         self._check()
-        records, is_evaluated = on_rank_zero(lambda: self._begin(overwrite_checkpoints, resume))
+        records = on_rank_zero(lambda: self._begin(overwrite_checkpoints, resume))
         self.model.load_state_dict(on_rank_zero(self.model.state_dict))  # the same everywhere
-        if not is_evaluated:
-            self._evaluate(records)
+        if records:
+            self._evaluate(records[-1])
 
         def after_update(step):
             """Save the weights in the middle of a stage, if it says so."""
@@ -2322,51 +2294,44 @@ class SelfRewardingTrainer:
         for record in run_stages(self.model, self.configs, context, first=len(records)):
             records.append({**record, "seconds": round(time.perf_counter() - began, 2)})
             # Save before evaluating: an error in `evaluate` must not lose the finished stage.
-            self._save(self.path(record["stage"]), records, is_evaluated=False)
-            self._evaluate(records)
+            self._save(self.path(record["stage"]), records)
+            self._evaluate(records[-1])
             began = time.perf_counter()
+        self.model.eval()
         return records
 
-    def _evaluate(self, records):
-        """Complete the last record, save it again, and report it."""
-        stage = records[-1]["stage"]
+    def _evaluate(self, record):
+        """Complete the record of the last stage, and report it."""
+        stage = record["stage"]
         with stage_named(stage, self.configs[stage]), seeded(self.seed), evaluating(self.model):
-            records[-1] |= on_rank_zero(lambda: plain(self.evaluate(self.model)))
-        self._save(self.path(stage), records)
-        on_rank_zero(lambda: self.report(records[-1]))
+            record |= on_rank_zero(lambda: plain(self.evaluate(self.model)))
+        on_rank_zero(lambda: self.report(record))
 
     def _begin(self, overwrite, resume):
-        """Prepare the folder; load the last finished stage. Returns the records up to it, and
-        whether the last of them is evaluated."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"cannot make the folder {self.folder}: {error.strerror}") from error
+        """Prepare the folder; load the last finished stage. Returns the records up to it. The last
+        one holds no evaluation, because a checkpoint is written before the evaluation."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         if overwrite or os.environ.get("SRLM_CLEAR_CHECKPOINTS") == "1":
-            # Remove every checkpoint of the old run, so that no later resume can take one of them.
+            # Remove every file of the old run, so that no later resume can take one of them.
             kinds = "sft|spin|dpo|self-reward|external-reward"
             for path in list(self.folder.iterdir()):
-                is_ours = re.fullmatch(rf"\d+\.({kinds})(\.step\d+)?\.pt", path.name)
-                if is_ours or overwrite and path.name == "metrics.jsonl":
+                if re.fullmatch(rf"metrics\.jsonl|\d+\.({kinds})(\.step\d+)?\.pt", path.name):
                     path.unlink()
         finished = [stage for stage in range(len(self.configs)) if self.path(stage).exists()]
         if not finished:
-            return [], True
+            return []
         path = self.path(finished[-1])
         require(resume, f"{path} exists; resume goes on after it, overwrite replaces it")
         state = load_checkpoint(path)
-        then, now = state["settings"], self._settings(finished[-1])
+        then = state["settings"] | {"model_config": state["model_config"]}
+        now = self._settings(finished[-1]) | {"model_config": self.model_config}
         for key in then | now:
             require(then.get(key) == now.get(key),
                     f"{path} was made with {key} = {then.get(key)!r}, not {now.get(key)!r}")
-        try:
-            self.model.load_state_dict(state["model"])
-        except RuntimeError as error:  # its second line names the first weight that does not fit
-            raise ValueError(f"{path} holds weights of another model, shape {state['model_config']}"
-                             f": {str(error).splitlines()[1].strip()}") from error
-        for record in state["records"][: None if state["is_evaluated"] else -1]:
+        self.model.load_state_dict(state["model"])
+        for record in state["records"][:-1]:
             self.report(record)
-        return state["records"], state["is_evaluated"]
+        return state["records"]
 
     def _settings(self, stage):
         """What another run must share to go on after this stage; of data sets a checksum."""
@@ -2378,15 +2343,14 @@ class SelfRewardingTrainer:
             found |= {f"stage {i}, {name}": value for name, value in fields.items()}
         return json.loads(json.dumps(found, default=comparable))
 
-    def _save(self, path, records, is_evaluated=True):
+    def _save(self, path, records):
         """Write a checkpoint of the model as it is now, after the stage of the last record."""
-        config, buffer = getattr(self.model, "config", None), io.BytesIO()
-        shape = vars(config) if isinstance(config, ModelConfig) else None
-        state = {"format": "srlm 2", "model": self.model.state_dict(), "model_config": shape,
-                 "records": records, "is_evaluated": is_evaluated}
-        if rank_and_world_size()[0] == 0:
-            torch.save({**state, "settings": self._settings(len(records) - 1)}, buffer)
-        on_rank_zero(lambda: write_file(path, buffer.getvalue()))
+        def save():
+            settings, buffer = self._settings(len(records) - 1), io.BytesIO()
+            torch.save({"format": "srlm 2", "model": self.model.state_dict(), "records": records,
+                        "model_config": self.model_config, "settings": settings}, buffer)
+            write_file(path, buffer.getvalue())
+        on_rank_zero(save)
 
 
 @contextlib.contextmanager
@@ -2400,10 +2364,7 @@ def stage_named(stage, config):
 
 def plain(values):
     """The same without numpy or torch types, so that a checkpoint loads without running code."""
-    try:
-        return json.loads(json.dumps(values, default=lambda value: value.tolist()))
-    except (TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{str(values)[:60]!r} cannot be written as JSON ({error})") from error
+    return json.loads(json.dumps(values, default=lambda value: value.tolist()))
 
 
 def comparable(value):
@@ -2415,10 +2376,8 @@ def comparable(value):
 
 def checksum(dataset):
     """A number that changes with the entries and their order."""
-    crc = 0
-    for i in range(len(dataset)):
-        crc = zlib.crc32(json.dumps(dataset[i], default=comparable).encode(), crc)
-    return crc
+    entries = (json.dumps(dataset[i], default=comparable) for i in range(len(dataset)))
+    return zlib.crc32("".join(entries).encode())
 
 
 def load_checkpoint(path):
@@ -2429,7 +2388,7 @@ def load_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for damaged files
         raise ValueError(f"{path} is damaged or not a checkpoint ({type(error).__name__}); delete "
-                         "it, and resume runs its stage again") from error
+                         "it and those of later stages, and resume runs them again") from error
     require(isinstance(state, dict) and state.get("format") == "srlm 2",
             f"{path} is not a checkpoint of this version of srlm")
     return state
@@ -2468,18 +2427,16 @@ def propose_prompts(model, n, *, known=(), text=TextFormat(), is_valid=None, max
     header, _, footer = _VARIABLE.split(text.chat_template)
     require(bool(header and footer), f"propose_prompts: the chat template {text.chat_template!r} "
             "must say where a prompt begins and ends, by text before and after it")
-    taken, new, counts = set(known), {}, dict(written=0, valid=0, new=0)  # new: an ordered set
-    while len(new) < n and counts["written"] < max_tries * n:
-        for row in sample(model, [text.ids(header)] * n, max_new_tokens=max_new_tokens,
-                          eos_id=text.eos_id, **sampling):
-            prompt, end, _ = text.text(row).partition(footer)
-            valid = bool(end and prompt.strip()) and (is_valid is None or is_valid(prompt))
-            counts["written"] += 1
-            counts["valid"] += valid
-            if valid and prompt not in taken:
-                new[prompt] = None
-    counts["new"] = len(new)
-    return list(new)[:n], counts
+    known, valid, new, n_written = set(known), [], [], 0
+    while len(new) < n and n_written < max_tries * n:
+        rows = sample(model, [text.ids(header)] * n, max_new_tokens=max_new_tokens,
+                      eos_id=text.eos_id, **sampling)
+        n_written += n
+        for prompt, end, _ in (text.text(row).partition(footer) for row in rows):
+            if end and prompt.strip() and (is_valid is None or is_valid(prompt)):
+                valid.append(prompt)
+        new = list(dict.fromkeys(prompt for prompt in valid if prompt not in known))
+    return new[:n], dict(written=n_written, valid=len(valid), new=len(new))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2521,18 +2478,17 @@ class Options(Recipe):
     @classmethod
     def parse(cls, argv):
         """The options of a command line. What is not given has its default, or that of --quick."""
-        parser = argparse.ArgumentParser(prog="srlm.py", description=__doc__.split("\n\n")[1],
-                                         epilog='[1] is arXiv:2401.10020. To ask a model: srlm.py '
-                                                'ask CHECKPOINT "PROMPT"')
+        parser = argparse.ArgumentParser(
+            prog="srlm.py", description=__doc__.split("\n\n")[1], allow_abbrev=False,
+            epilog='[1] is arXiv:2401.10020. To ask a model: srlm.py ask CHECKPOINT "PROMPT"')
         for item in dataclasses.fields(cls):
             is_switch = item.default is False
             kind = {"action": "store_true"} if is_switch else {"type": type(item.default)}
-            parser.add_argument("--" + item.name.replace("_", "-"), default=argparse.SUPPRESS,
-                                help=f"{item.metadata['help']} [{item.default}]", **kind)
-        given = vars(parser.parse_args(argv))
-        quick = {item.name: item.metadata["quick"] for item in dataclasses.fields(cls)
-                 if given.get("quick") and item.metadata["quick"] is not None}
-        return cls(**(quick | given))
+            quick = item.metadata["quick"] if "--quick" in argv else None
+            parser.add_argument("--" + item.name.replace("_", "-"),
+                                default=item.default if quick is None else quick,
+                                help=f"{item.metadata['help']} [%(default)s]", **kind)
+        return cls(**vars(parser.parse_args(argv)))
 
     def settings(self):
         """What a resumed run must share with the run that it continues, beside the settings of its
@@ -2652,7 +2608,7 @@ class Scoreboard:
 
     def __init__(self, world, text, demonstrations, made_with_m0, folder):
         self.world, self.text, self.made_with_m0, self.folder = world, text, made_with_m0, folder
-        self.scores = []  # true scores (P, 5) of every model so far
+        self.scores = [None]  # true scores (P, 5) of the model of each line, where there are any
         scores = [world.score(*pair) for pair in demonstrations] if world.score else []
         mean = float(np.mean(scores)) if scores else None
         self.lines = [{"model": "demonstrations", "oracle_score": mean}]
@@ -2664,15 +2620,14 @@ class Scoreboard:
 
     def evaluate(self, model):
         """The trainer's `evaluate`. M0 has seen no judge prompt, so it is not asked to judge."""
-        graded_answers = self.made_with_m0()[1] if self.made_with_m0 and self.scores else None
-        previous = self.scores[-1] if self.scores else None
-        found = measure(model, self.world, self.text, graded_answers, previous)
+        can_judge = self.made_with_m0 is not None and len(self.lines) > 1
+        graded_answers = self.made_with_m0()[1] if can_judge else None
+        found = measure(model, self.world, self.text, graded_answers, self.scores[-1])
         if self.world.score is None:
-            items = [self.text.item(*pair) for pair in self.world.held_out]
-            pieces = pieces_by_tokens([len(ids) for ids, _ in items])  # bounds the memory of logits
-            loss = sft_objective(items).loss
-            sums = [loss(model, [items[i] for i in piece])[:2] for piece in pieces]
-            found["held_out_loss"] = float(sum(x for x, _ in sums) / sum(n for _, n in sums))
+            objective = sft_objective([self.text.item(*pair) for pair in self.world.held_out])
+            parts = [objective.loss(model, [item])[:2] for item in objective.examples]
+            loss, n_tokens = map(sum, zip(*parts))
+            found["held_out_loss"] = float(loss / n_tokens)
         return found
 
     def report(self, record):
@@ -2686,8 +2641,8 @@ class Scoreboard:
 
     def conclude(self, path):
         """Compare the last model with M1, and say how to ask it."""
-        if self.world.score is not None and len(self.scores) > 2:
-            shares = head_to_head(self.scores[-1], self.scores[1])
+        if self.world.score is not None and len(self.scores) > 3:
+            shares = head_to_head(self.scores[-1], self.scores[2])
             last = self.lines[-1]["model"]
             say(f"\n{last} against M1: win {shares['win']:.0%}, lose {shares['lose']:.0%}")
         say(f'\nask it: python srlm.py ask {path} "{self.world.eval_prompts[0]}"')
@@ -2713,9 +2668,11 @@ def train(options, world=None):
     @functools.cache
     def made_with_m0():
         """The judging data, and what judges are measured by. M0 writes answers for both. It is
-        read from its checkpoint, so that a resumed run has the same data."""
-        m0 = load_model(folder / "0.sft.pt").to(options.device)
-        return world.judgements(options.judgements, m0, options.tidy), world.graded_answers(m0)
+        read from its checkpoint, so that a resumed run has the same data. The seed makes the draws
+        the same whoever asks first, a stage or an evaluation."""
+        with seeded(options.seed):
+            m0 = load_model(folder / "0.sft.pt").to(options.device)
+            return world.judgements(options.judgements, m0, options.tidy), world.graded_answers(m0)
 
     can_judge = bool(options.judged or not options.sft)
     board = Scoreboard(world, text, demonstrations, made_with_m0 if can_judge else None, folder)
@@ -2741,6 +2698,7 @@ def ask(argv):
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely answer")
     args = parser.parse_args(argv)
     model, world = load_model(args.checkpoint), LetterWorld(list(INSTRUCTIONS))
+    learned = load_checkpoint(args.checkpoint)["settings"].get("instructions")
     text = TextFormat(chat_template=world.CHAT_TEMPLATE)
     answer = respond(model, [args.prompt], text, 128, temperature=args.temperature)[0]
     found = judge(model, world.JUDGE, [args.prompt], [answer])
@@ -2749,7 +2707,7 @@ def ask(argv):
     with contextlib.suppress(ValueError):  # of a prompt that LetterWorld does not have
         points = world.points(args.prompt, answer)
         named = ", ".join(f"{name} {point}" for name, point in zip(world.POINTS, points))
-        say(f"true score  {sum(points)} of 5: {named}")
+        say(f"true score  {sum(points)} of 5: {named}", f"its run     had --instructions {learned}")
 
 
 def main(argv=None):
@@ -2763,7 +2721,7 @@ def main(argv=None):
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
             return ask(argv[1:]) if is_ask else train(Options.parse(argv))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"srlm: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

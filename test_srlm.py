@@ -2599,16 +2599,15 @@ undisturbed = functools.cache(lambda: run(EVERY_KIND, evaluate=draw))
     ("fit", failing(KeyboardInterrupt), None), ("report", failing(KeyboardInterrupt), None),
     ("evaluate", failing(KeyboardInterrupt), None), ("evaluate", failing(RuntimeError("no")), "no"),
     ("evaluate", lambda model: None, None), ("evaluate", lambda model: 7, None),
-    ("evaluate", lambda model: {"x": {1}}, r"stage \d \(.*\).*\{1\}.*JSON"),
-    ("evaluate", lambda model: {(1, 2): 3}, r"stage \d \(.*\).*JSON"),
+    ("evaluate", lambda model: {"x": {1}}, "'set'"),
+    ("evaluate", lambda model: {(1, 2): 3}, "keys.*tuple"),
     ("fsync", failing(OSError(errno.ENOSPC, "No space left")), r"cannot write .*\.pt: No space")])
 def test_a_run_that_broke_off_resumes_to_the_same_bits(where, what, words, at, tmp_path):
     """A resume goes on after the last finished stage, and ends as if nothing had happened."""
     records, expected, saved = undisturbed()
     files = list(saved)
     functions = dict(fit=srlm.fit, fsync=os.fsync, report=lambda record: None, evaluate=draw)
-    call = 2 * at if where == "fsync" else at  # a stage is saved before and after its evaluation
-    functions[where] = except_at(call, functions[where], what)
+    functions[where] = except_at(at, functions[where], what)
     fit, fsync, report, evaluate = functions.values()
     with (mock.patch.object(srlm, "fit", fit), mock.patch.object(os, "fsync", fsync),
           pytest.raises((Exception, KeyboardInterrupt), match=words)):
@@ -2621,7 +2620,8 @@ def test_a_run_that_broke_off_resumes_to_the_same_bits(where, what, words, at, t
         found = resumed(resume=True)
     assert fit.call_count == len(KINDS) - finished and sorted(os.listdir(tmp_path)) == files
     assert timeless(found) == timeless(reports) == records and not moved(weights(model), expected)
-    assert timeless(srlm.load_checkpoint(tmp_path / files[-1])["records"]) == records
+    assert timeless(srlm.load_checkpoint(tmp_path / files[-1])["records"])[:-1] == records[:-1]
+    assert not model.training
 
 
 @posix
@@ -2661,7 +2661,7 @@ def test_a_damaged_checkpoint_is_named_and_left_alone(tmp_path, monkeypatch):
                for share in (0, 0.01, 0.5, 0.99) for end in (b"", bytes(100))]
     for content in (*damaged, bomb, other):
         path.write_bytes(content)
-        words = "0.sft.pt.*delete" if content in damaged else "0.sft.pt"
+        words = "0.sft.pt.*delete it and those of later stages" if content in damaged else "0.sft.pt"
         for read in (srlm.load_checkpoint, srlm.load_model, lambda path: run_again(resume=True)):
             with pytest.raises(ValueError, match=words):
                 read(path)
@@ -2694,7 +2694,7 @@ def test_checkpoints_are_never_overwritten_unasked(overwrite, clear, tmp_path, m
     again = trainer(tmp_path, stages, Tiny(seed=1))
     if overwrite or clear == "1":
         again(overwrite_checkpoints=overwrite)
-        kept = set(FOREIGN) if overwrite else {*FOREIGN, "metrics.jsonl"}  # of the old run
+        kept = set(FOREIGN)  # of the old run
         after = contents(tmp_path)
         assert set(after) == {*kept, "0.sft.pt", "1.spin.pt"}
         assert {name for name in after if after[name] == before.get(name)} == kept
@@ -2754,7 +2754,7 @@ def test_a_model_is_loaded_as_it_was_saved(tmp_path):
     assert loaded.config == config and not loaded.training
     same(loaded(ids), model(ids))
     wider = srlm.Transformer(dataclasses.replace(config, mlp_ratio=3))
-    with pytest.raises(ValueError, match=r"0\.sft\.pt holds weights of another .*ratio.*mismatch"):
+    with pytest.raises(ValueError, match=r"0\.sft\.pt was .*'mlp_ratio': 2.*, not .*'mlp_ratio': 3"):
         trainer(tmp_path, [stage("sft"), stage("spin")], wider)(resume=True)
     trainer(tmp_path / "tiny", [stage("sft")])()
     with pytest.raises(ValueError, match="another kind of model"):
@@ -2857,15 +2857,15 @@ def test_other_files_are_read(tmp_path):
 @pytest.mark.parametrize("read, line, reason", [
     *((read, *row) for read in (read_rows, read_pairs)
       for row in (("{", "Expecting"), ("[1]", "not an object"))),
-    (read_rows, '{"prompt": "a"}', "no field 'score'"),
-    (read_rows, '{"prompt": "a", "score": 1, "x": 1}', "unknown field 'x'"),
+    (read_rows, '{"prompt": "a"}', r"fields are \['prompt'\], not"),
+    (read_rows, '{"prompt": "a", "score": 1, "x": 1}', "fields are .*'x'.*, not"),
     (read_rows, '{"prompt": 3, "score": 1}', "prompt is 3"),
     (read_rows, '{"prompt": " ", "score": 1}', "prompt is ' '"),
     *((read_rows, f'{{"prompt": "a", "score": {score}}}', "score is ")
       for score in ("6", "-1", '"1"', "true", "NaN")),
     (read_pairs, '{"prompt": "a"}', "chosen is None"),
     (read_pairs, GOOD.replace('""', "1"), "rejected is 1"),
-    (read_pairs, GOOD.replace("}", ', "score_chosen": "x"}'), "score_chosen is")])
+    (read_pairs, GOOD.replace("}", ', "score_chosen": "x"}'), "could not .*'x'")])
 def test_an_error_in_a_file_names_file_line_and_reason(read, line, reason, tmp_path):
     """A line that cannot be used is an error that says which file, which line, and why."""
     good = '{"prompt": "a", "score": 1}' if read is read_rows else GOOD
@@ -3131,7 +3131,7 @@ def test_every_option_is_documented_and_has_a_type(capsys):
     ("--sft x --stages sft,self", "needs --judged"),
     ("--sft x --judged y --stages sft,external", "external"),
     ("--checkpoints {folder}", "1.sft.pt exists; .*resume.*overwrite"),
-    ("--checkpoints {folder}/file/x", "cannot make the folder"),
+    ("--checkpoints {folder}/file/x", "file.x"),
     ("ask {folder}/missing.pt sort", "missing.pt"), ("ask {folder}/bad.pt sort", "bad.pt"),
     ("ask {folder}/0.sft.pt", "prompt"), ("ask {folder}/0.sft.pt sort cd", "cd"),
     ("ask {folder}/0.sft.pt " + "sort" * 99, "max_seq_len")])
@@ -3334,7 +3334,7 @@ def test_ask_answers_scores_and_tells_the_truth(job, capsys):
     points = WORLD.points("sort dbca", said["answer"])
     each = ", ".join(map("{} {}".format, WORLD.POINTS, points))
     assert said["true score"] == f"{sum(points)} of 5: {each}"
-    assert re.fullmatch(r"\d\.\d of 5|none", said["own score"])
+    assert re.fullmatch(r"\d\.\d of 5|none", said["own score"]) and said["its run"] == "had --instructions sort"
     srlm.main(["ask", path, "what else?"])
     said = capsys.readouterr().out
     assert "answer" in said and "own score" in said and "true score" not in said
