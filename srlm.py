@@ -93,9 +93,7 @@ def require(condition, message):
 # Part I: the algorithm
 # ==================================================================================================
 
-# --------------------------------------------------------------------------------------------------
-# 1. The task
-# --------------------------------------------------------------------------------------------------
+# 1. The task --------------------------------------------------------------------------------------
 # Whether the loop works is easiest to see where a program can score every answer exactly, as in
 # this letter world. An answer has five POINTS, 0 or 1 each; their sum is its TRUE SCORE. A
 # VERDICT is the text in which a judge gives points and score. A REWARD is the score that it gave.
@@ -170,9 +168,7 @@ class LetterTask:
         return f"{''.join(map(str, points))} = {sum(points)}"
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. Tokens and templates
-# --------------------------------------------------------------------------------------------------
+# 2. Tokens and templates --------------------------------------------------------------------------
 # A token is one byte of UTF-8, so the vocabulary is 256 bytes and one special token, EOS.
 # In production: byte-pair encoding with some 100,000 tokens of about four bytes each.
 
@@ -267,9 +263,7 @@ class TextFormat:
         return self.decode(ids[:-1] if ended else ids)
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. The model
-# --------------------------------------------------------------------------------------------------
+# 3. The model -------------------------------------------------------------------------------------
 # A decoder-only Transformer. All later sections use one fact about it:
 #
 #     CONTRACT   a causal nn.Module from token ids (B, T) to logits (B, T, V). The logits at
@@ -390,9 +384,7 @@ class Transformer(nn.Module):
         return self.to_logits(self.features(ids)[row, lengths - 1])
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. Sampling
-# --------------------------------------------------------------------------------------------------
+# 4. Sampling --------------------------------------------------------------------------------------
 # Generation repeats one step: run the model over prompt and answer so far, read the logits of the
 # last token, draw the next token. What usually goes wrong in a batch of prompts of unequal length:
 # reading the logits of a padded position, and going on after EOS.
@@ -537,9 +529,7 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
     return [text.text(row) for row in rows]
 
 
-# --------------------------------------------------------------------------------------------------
-# 5. Log-probabilities and losses
-# --------------------------------------------------------------------------------------------------
+# 5. Log-probabilities and losses ------------------------------------------------------------------
 # A row of ids is a prompt, its response and, on the right, padding; prompt_lens says where the
 # response begins. What usually goes wrong here:
 #     the shift   the logits at position t predict token t + 1
@@ -689,9 +679,7 @@ def spin_loss(policy_real, policy_generated, opponent_real, opponent_generated, 
     return dpo_loss(policy_real, policy_generated, opponent_real, opponent_generated, beta=lam)
 
 
-# --------------------------------------------------------------------------------------------------
-# 6. The judge
-# --------------------------------------------------------------------------------------------------
+# 6. The judge -------------------------------------------------------------------------------------
 # The same model is the judge. It is shown a prompt and a response in a judge prompt, and a score is
 # read from the verdict in its reply. What usually goes wrong here: the score is read from the
 # response instead of the reply, or a reply without a score breaks the loop.
@@ -804,9 +792,7 @@ def judge(model, reward_config, prompts, responses, *, encode=encode, decode=dec
     return scores.nanmean(dim=1)
 
 
-# --------------------------------------------------------------------------------------------------
-# 7. Preference pairs
-# --------------------------------------------------------------------------------------------------
+# 7. Preference pairs ------------------------------------------------------------------------------
 # For each prompt the model writes N candidates, a reward function scores them, and a picker chooses
 # two. The model itself, another model, or a program is
 #     reward_fn(prompts: list[str], responses: list[str]) -> (B,) rewards, NaN for "no opinion"
@@ -908,9 +894,7 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
     return counted_pairs(found, n_pairs, source, reward_fn)  # stops at n_pairs
 
 
-# --------------------------------------------------------------------------------------------------
-# 8. Training
-# --------------------------------------------------------------------------------------------------
+# 8. Training --------------------------------------------------------------------------------------
 # One loop over updates serves all stages. (A stage turns one model into the next, M0 into M1.) It
 # minimises a weighted sum of objectives, each with its own examples:
 #     SFT         -log p of response tokens, for demonstrations
@@ -1134,9 +1118,7 @@ def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
     return {"steps": step, **summary_of(points)}  # means, and at most 50 points of the history
 
 
-# --------------------------------------------------------------------------------------------------
-# 9. Stages
-# --------------------------------------------------------------------------------------------------
+# 9. Stages ----------------------------------------------------------------------------------------
 # Stages can follow each other in any order. What a stage does is written in its `run` from top to
 # bottom. Defaults of losses and judging are those of the papers; the values that suit the letter
 # world and its small model are in section 11.
@@ -1342,9 +1324,7 @@ def run_stages(model, stages, context, first=0):
         yield {"stage": index, "kind": stages[index].kind, **record}
 
 
-# --------------------------------------------------------------------------------------------------
-# 10. Measuring
-# --------------------------------------------------------------------------------------------------
+# 10. Measuring ------------------------------------------------------------------------------------
 # Two questions: how well does a model write, and how well does it judge? A third number is the one
 # to watch: if a model's own score of its answers grows away from the true score, the judge is being
 # fooled.
@@ -1438,9 +1418,7 @@ def measure(model, world, text, graded_answers, previous_scores):
     return found
 
 
-# --------------------------------------------------------------------------------------------------
-# 11. The recipe
-# --------------------------------------------------------------------------------------------------
+# 11. The recipe -----------------------------------------------------------------------------------
 # M0, M1, M2, M3. What the recipe needs of a world, LetterWorld or one of your own:
 #
 #     CHAT_TEMPLATE, JUDGE, max_new_tokens     formats; a verdict has at most MAX_VERDICT_TOKENS
@@ -1459,7 +1437,7 @@ def measure(model, world, text, graded_answers, previous_scores):
 #                       wrote. That program grades nothing later; the model alone does.
 #     LIKELIHOOD TERM   After [5]; section 8 has the reason.
 #
-# train() in section 17 puts this together, with files and a table:
+# train() in section 18 puts this together, with files and a table:
 #     stages = recipe_stages(recipe, world, demonstrations, make_judgements)
 #     for record in run_stages(model, stages, Context(text, {"default": world.JUDGE}, seed)):
 #         print(measure(model, world, text, graded_answers, previous_scores))
@@ -1574,9 +1552,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 
-# --------------------------------------------------------------------------------------------------
-# 12. The data of the letter world
-# --------------------------------------------------------------------------------------------------
+# 12. The data of the letter world -----------------------------------------------------------------
 
 
 class LetterWorld(LetterTask):
@@ -1699,9 +1675,7 @@ def made_up_answer(prompt, target, alphabet, rng):
     return start + body + rng.choice([".", "", ",", ":", ".."], p=often)
 
 
-# --------------------------------------------------------------------------------------------------
-# 13. Tools that Part I calls
-# --------------------------------------------------------------------------------------------------
+# 13. Tools that Part I calls ----------------------------------------------------------------------
 
 
 def pick_best_random(rewards):
@@ -1914,9 +1888,7 @@ def quoted_replies(reward_fn):
     return f"; the judge's last replies were {replies}" if replies else ""
 
 
-# --------------------------------------------------------------------------------------------------
-# 13. Several processes
-# --------------------------------------------------------------------------------------------------
+# 14. Several processes ----------------------------------------------------------------------------
 # `torchrun --nproc-per-node 2 srlm.py` starts several processes, each with a rank. Every process
 # holds the whole model; they share the examples of a batch and the prompts to be answered. In a
 # single process each of these functions does the obvious thing.
@@ -1980,9 +1952,7 @@ def progress(steps, title):
     return tqdm(steps, title, delay=2, leave=False, dynamic_ncols=True, disable=hidden)
 
 
-# --------------------------------------------------------------------------------------------------
-# 14. Checks
-# --------------------------------------------------------------------------------------------------
+# 15. Checks ---------------------------------------------------------------------------------------
 # A user's mistake becomes one line that says what is wrong, where, and both values.
 
 _LOWEST = {"n_candidates": 2, "warmup": 0, "weight_decay": 0, "temperature": 0, "seed": 0,
@@ -2130,9 +2100,7 @@ def as_rewards(values, n):
     return rewards.reshape(n)
 
 
-# --------------------------------------------------------------------------------------------------
-# 15. Files
-# --------------------------------------------------------------------------------------------------
+# 16. Files ----------------------------------------------------------------------------------------
 
 
 def write_file(path, data):
@@ -2219,9 +2187,7 @@ def load_pairs(path, text):
     return read_lines(path, read)
 
 
-# --------------------------------------------------------------------------------------------------
-# 16. The trainer
-# --------------------------------------------------------------------------------------------------
+# 17. The trainer ----------------------------------------------------------------------------------
 
 
 class SelfRewardingTrainer:
@@ -2439,9 +2405,7 @@ def propose_prompts(model, n, *, known=(), text=TextFormat(), is_valid=None, max
     return new[:n], dict(written=n_written, valid=len(valid), new=len(new))
 
 
-# --------------------------------------------------------------------------------------------------
-# 17. The command line
-# --------------------------------------------------------------------------------------------------
+# 18. The command line -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -2698,7 +2662,7 @@ def ask(argv):
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely answer")
     args = parser.parse_args(argv)
     model, world = load_model(args.checkpoint), LetterWorld(list(INSTRUCTIONS))
-    learned = load_checkpoint(args.checkpoint)["settings"].get("instructions")
+    learned = load_checkpoint(args.checkpoint)["settings"].get("instructions", "unknown")
     text = TextFormat(chat_template=world.CHAT_TEMPLATE)
     answer = respond(model, [args.prompt], text, 128, temperature=args.temperature)[0]
     found = judge(model, world.JUDGE, [args.prompt], [answer])
