@@ -793,7 +793,8 @@ LOSSES = {"dpo_loss": lambda *four, beta=0.1: srlm.dpo_loss(*four, beta=beta),
 @pytest.mark.parametrize("name", LOSSES)
 @given(st.lists(st.tuples(*[st.floats(-50, 0)] * 4), min_size=1, max_size=5), st.floats(0.01, 5))
 def test_dpo_and_spin_are_the_formulas_of_the_papers(name, rows, beta):
-    """Eq. 7 of arXiv:2305.18290 and Eq. 4.7 of arXiv:2401.01335, their rewards and gradients."""
+    """Eq. 7 of arXiv:2305.18290 and Eq. 4.7 of arXiv:2401.01335, their rewards and their
+    gradients."""
     four = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in zip(*rows)]
     losses, chosen, rejected = LOSSES[name](*four, beta=beta)
     losses.sum().backward()
@@ -1237,8 +1238,7 @@ def test_equal_tokens_are_no_pair():
     with pytest.raises(ValueError):
         write(reward_fn=lambda prompts, responses: [*range(len(responses))], temperature=0)
     reward = lambda prompt, digit: digit + 100 * (prompt == "ab")
-    pairs, counts, _ = written(reward, n_candidates=12,
-                               is_valid_pair=lambda chosen, rejected: chosen < 100)
+    pairs, counts, _ = written(reward, n_candidates=12, is_valid_pair=lambda best, _: best < 100)
     assert counts["invalid"] == 1 and counts["pairs"] == len(pairs) == 5, f"{counts}"
     with pytest.raises(ValueError):
         written(reward, pick_pair=lambda rewards: srlm.pick_best_worst(-rewards))
@@ -1437,7 +1437,7 @@ TRUTH = np.array([[0.0, 1, 2, 3, 5]])
 @grades("judging_metrics")
 @pytest.mark.parametrize("truth, judged, expected", [
     (TRUTH, TRUTH, [1, 1, 1, 1, 1]), (TRUTH, TRUTH / 3, [1, 1, 0.2, 1, 1]),
-    (TRUTH, 5 - TRUTH, [0, 0, 0, -1, -1]), (TRUTH, TRUTH * NAN, [0.5, 0, 0, None, None]),
+    (TRUTH, 5 - TRUTH, [0, 0, 0, -1, -1]), (5 - TRUTH, TRUTH * NAN, [0.5, 0, 0, None, None]),
     (TRUTH * 0, TRUTH, [None, 1, 0.2, None, None]), (TRUTH, TRUTH * 0, [0.5, 0, 0.2, None, None])],
     ids=["right", "low", "reversed", "silent", "all true scores equal", "all judged scores equal"])
 def test_judging_metrics_by_hand(truth, judged, expected):
