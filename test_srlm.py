@@ -1,4 +1,4 @@
-"""Tests of srlm.py. Part I: properties of its mathematics. Part II: whole runs. Part III: the grader.
+"""Tests of srlm.py. Part I: properties of its mathematics. Part II: runs. Part III: the grader.
 
     pytest                              # the dev profile: 25 drawn examples of a property
     SRLM_PROFILE=thorough pytest        # 200
@@ -44,15 +44,14 @@ settings.register_profile("thorough", max_examples=200, **_shared)
 _for_grading = dict(derandomize=True, print_blob=False, report_multiple_bugs=False,
                     phases=(Phase.explicit, Phase.generate, Phase.shrink))
 settings.register_profile("grade", max_examples=25, **_shared | _for_grading)
-settings.register_profile("faults", max_examples=25, **_shared | dict(
-    _for_grading, phases=(Phase.explicit, Phase.generate)))  # a failure is enough, it need not be small
+_for_faults = _for_grading | dict(phases=(Phase.explicit, Phase.generate))  # any failure will do
+settings.register_profile("faults", max_examples=25, **_shared | _for_faults)
 settings.load_profile(os.environ.get("SRLM_PROFILE", "dev"))
 torch.set_num_threads(1)  # the tensors are tiny
 
 UNITS = {}  # unit -> names of the tests that grade it
 SEEDS = st.integers(0, 2**32 - 1)
 NAN, INF = math.nan, math.inf
-MISSING = object()  # in a table of two columns, one of which is shorter
 
 
 def grades(*units):
@@ -94,23 +93,24 @@ def hint(found, expected):
              "yours = -expected: a sign?": alike(b, -a),
              "yours comes one place too late": len(a) > 2 and alike(b[1:], a[:-1]),
              "yours comes one place too early": len(a) > 2 and alike(b[:-1], a[1:]),
-             f"yours = expected times {1 / over[0]:.4g} in every row: a constant factor?": is_constant,
+             f"yours = expected times {1 / over[0]:.4g} in every row: a constant factor?":
+                 is_constant,
              f"yours = expected / {whole}: a mean instead of a sum"
              f"{', or a factor too many' * (len(over) == 1)}?": is_whole}
     return next((words for words, looks_so in looks.items() if looks_so), "")
 
 
 def shown(x):
-    """A row in six digits and at most 70 characters; nothing where one column is shorter."""
+    """A row in six digits and at most 70 characters; nothing for the end of a shorter column."""
     if isinstance(x, list):
         return f"[{', '.join(map(shown, x))}]"[:70]
-    return "" if x is MISSING else f"{x:.6g}" if isinstance(x, float) else repr(x)[:70]
+    return "" if x == "" else f"{x:.6g}" if isinstance(x, float) else repr(x)[:70]
 
 
 def equal_rows(a, b, tolerance):
     """Are two rows equal up to the tolerance, NaN equal to NaN?"""
     try:
-        return np.shape(a) == np.shape(b) and np.allclose(a, b, tolerance, tolerance, equal_nan=True)
+        return np.shape(a) == np.shape(b) and np.allclose(a, b, tolerance, tolerance, True)
     except (TypeError, ValueError):  # texts, None, or rows of unequal lengths
         return a == b
 
@@ -118,19 +118,22 @@ def equal_rows(a, b, tolerance):
 def compared(found, expected, of="", tolerance=0.0):
     """What was compared, the rows that differ in two columns, and a hint for the first of them."""
     yours, mine = ([x] if not isinstance(x, list) else x for x in map(plain, (found, expected)))
-    rows = list(itertools.zip_longest(mine, yours, fillvalue=MISSING))
+    rows = list(itertools.zip_longest(mine, yours, fillvalue=""))
     differ = [i for i, row in enumerate(rows) if not equal_rows(*row, tolerance)]
     columns = [("expected", "yours"), *(tuple(map(shown, rows[i])) for i in differ[:5])]
     width = max(12, *(len(a) for a, _ in columns))
     table = [f"{a:>{width}} | {b}" for a, b in columns]
-    words = [f"{len(differ)} of {len(rows)} rows differ"] if differ and len(rows) >= len(table) else []
-    pairs = zip(found, expected) if isinstance(found, list) and isinstance(expected, list) else [(found, expected)]
+    words = []
+    if differ and len(rows) >= len(table):
+        words = [f"{len(differ)} of {len(rows)} rows differ"]
+    are_lists = isinstance(found, list) and isinstance(expected, list)
+    pairs = zip(found, expected) if are_lists else [(found, expected)]
     words += list(filter(None, itertools.starmap(hint, pairs)))[:1]
     return "\n".join([f"{of}:"] * (of != "") + table + words)
 
 
 def close(found, expected, tolerance=1e-9, of=""):
-    """Asserts equality up to an absolute and relative tolerance, NaN equal to NaN. A failure shows `of`."""
+    """Asserts equality up to an absolute and relative tolerance, NaN equal to NaN."""
     found, expected = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (found, expected))
     is_close = found.shape == expected.shape and torch.allclose(
         found, expected, tolerance, tolerance, equal_nan=True)
@@ -142,8 +145,9 @@ def same(found, expected, of=""):
     try:
         torch.testing.assert_close(found, expected, atol=0, rtol=0, equal_nan=True)
     except AssertionError as error:
-        looks_equal = plain(found) == plain(expected)  # as where only the dtype differs
-        words = f"{of or 'the dtype or shape'}: {error}" if looks_equal else compared(found, expected, of)
+        words = compared(found, expected, of)
+        if plain(found) == plain(expected):  # as where only the dtype differs
+            words = f"{of or 'the dtype or shape'}: {error}"
         raise AssertionError(words) from None
     except TypeError:  # texts, which assert_close does not take
         assert found == expected, compared(found, expected, of)
@@ -154,12 +158,12 @@ def generator(seed):
 
 
 class HashModel(nn.Module):
-    """Fulfils the contract and no more: its logits depend on the whole prefix, by a rolling hash of its ids."""
+    """Fulfils the contract and no more: its logits depend on a hash of the whole prefix."""
 
-    def __init__(self, vocab, seed=0, states=97):
+    def __init__(self, vocab, seed=0):
         super().__init__()
-        self.vocab, self.seed, self.states = vocab, seed, states
-        table = torch.randn(states, vocab, generator=generator(seed), dtype=torch.float64)
+        self.vocab, self.seed = vocab, seed
+        table = torch.randn(97, vocab, generator=generator(seed), dtype=torch.float64)
         self.table = nn.Parameter(2 * table)
 
     def __repr__(self):
@@ -167,16 +171,16 @@ class HashModel(nn.Module):
 
     def forward(self, ids):
         assert 0 <= ids.min() and ids.max() < self.vocab, "padding reached the model"
-        assert ids.shape[1] <= getattr(self, "max_seq_len", INF), "a row is longer than max_seq_len"
+        assert ids.shape[1] <= getattr(self, "max_seq_len", INF), "a row exceeds max_seq_len"
         state, states = torch.zeros_like(ids[:, 0]), []
-        for t in range(ids.shape[1]):
-            state = (state * 31 + ids[:, t] + 1) % self.states
+        for column in ids.T:
+            state = (state * 31 + column + 1) % 97
             states.append(state)
         return self.table[torch.stack(states, 1)]
 
 
 class FreeLogits(nn.Module):
-    """Free logits (T, V) for every row, or (B, T, V) for rows that begin with the tokens 0 to B - 1."""
+    """Free logits (B, T, V) of rows that begin with the tokens 0 to B - 1."""
 
     def __init__(self, *shape, seed=0, dtype=torch.float64):
         super().__init__()
@@ -184,9 +188,7 @@ class FreeLogits(nn.Module):
         self.logits = nn.Parameter(logits.to(dtype))
 
     def forward(self, ids):
-        if self.logits.ndim == 3:
-            return self.logits[ids[:, 0], : ids.shape[1]]
-        return self.logits[: ids.shape[1]].expand(len(ids), -1, -1)
+        return self.logits[ids[:, 0], : ids.shape[1]]
 
 
 class Tiny(nn.Module):
@@ -205,8 +207,7 @@ class Tiny(nn.Module):
 
 
 class Watched(nn.Module):
-    """The contract without its extras, around any model. Remembers of each call its shape and its mode
-    (training? gradients?), and the rows of the calls with gradients."""
+    """A model that remembers the shapes and modes of its calls, and the rows that it trained on."""
 
     def __init__(self, model):
         super().__init__()
@@ -245,8 +246,8 @@ class Scripted(nn.Module):
 
 def ragged(rng, rows, vocab, low=1, high=6):
     """Rows of random lengths low..high and random ids."""
-    lengths = [int(rng.integers(low, high + 1)) for _ in range(rows)]
-    return [torch.from_numpy(rng.integers(0, vocab, size=length)) for length in lengths]
+    sizes = rng.integers(low, high + 1, size=rows)
+    return [torch.from_numpy(rng.integers(0, vocab, size=size)) for size in sizes]
 
 
 def pad(rows, value, left=False, extra=0):
@@ -264,18 +265,14 @@ def logp(model, ids, start):
     return total
 
 
-def naive_greedy(model, prompt, max_new_tokens, eos_id, limit=INF):
-    ids = prompt
-    while len(ids) < min(len(prompt) + max_new_tokens, limit):
-        ids = torch.cat((ids, model(ids[None])[0, -1].argmax()[None]))
-        if ids[-1] == eos_id:
-            break
-    return ids[len(prompt):]
-
-
 def transformer(seed, vocab=11, dim=8, depth=2, heads=2, room=12):
     config = srlm.ModelConfig(vocab, dim, depth, heads, room)
     return srlm.Transformer(config, generator(seed)).to(torch.float64)
+
+
+def limited(model, max_seq_len):
+    model.max_seq_len = max_seq_len
+    return model
 
 
 LETTERS = "abcdefgh"  # a vocabulary of eight letters and EOS
@@ -299,12 +296,11 @@ def write(model=None, prompts=WORDS, reward_fn=ODD, **how):
 
 # 1. Tokens ----------------------------------------------------------------------------------------
 
-
 @grades("encode", "decode")
 @given(st.text())
 @example("abé")
 def test_decode_inverts_encode_and_no_text_encodes_to_a_special_id(text):
-    """The ids of a text are its UTF-8 bytes, none of them special, and decoding gives the text back."""
+    """The ids of a text are its UTF-8 bytes, and decoding gives the text back."""
     same(srlm.encode(text), list(text.encode()), of="the ids of the text")
     same(srlm.decode(list(text.encode())), text, of="the text of its UTF-8 bytes")
 
@@ -319,173 +315,120 @@ def test_what_is_no_character_becomes_a_question_mark():
 @given(st.lists(st.integers(-1, 256)), st.lists(st.integers(-3, 300)))
 @example([-1, 97, 255, 256, 98], [-3, 300])
 @example([195, -1, 169, 256], [257])
-@example([195], [])
 def test_decode_never_raises_and_drops_special_ids(ids, any_ids):
     """EOS and PAD are dropped, what is not valid UTF-8 becomes U+FFFD, and no id is an error."""
     same(srlm.decode(ids), bytes(i for i in ids if i in range(256)).decode("utf-8", "replace"))
     assert isinstance(srlm.decode(any_ids), str)
 
 
-@given(st.lists(st.integers(-3, 300)))
-def test_decode_takes_tensors_and_drops_whatever_is_no_byte(ids):
-    """A tensor is decoded like a list, and ids that are no bytes are dropped."""
-    found = srlm.decode(torch.tensor(ids, dtype=torch.long))
-    assert found == bytes(i for i in ids if i in range(256)).decode("utf-8", "replace")
-    assert (srlm.PAD, srlm.EOS, srlm.VOCAB_SIZE) == (-1, 256, 257)
-
-
-def test_items_are_prompt_response_and_eos():
-    """An item is the prompt inside its template, the response and EOS; text() drops that EOS again."""
-    ids, prompt_len = TEXT.item("bc", "ad")
-    assert (ids.tolist(), prompt_len) == ([6, 1, 2, 7, 0, 3, 8], 4)
-    assert TEXT.text(ids) == "gbchad" and TEXT.text(ids[-1:]) == "" == TEXT.text(ids[:0])
-    endless = dataclasses.replace(TEXT, eos_id=None)
-    assert endless.item("bc", "ad")[0].tolist() == [6, 1, 2, 7, 0, 3]
-    same(srlm.TextFormat().prompt_ids("ab"), torch.tensor([97, 98]))  # by default there is no template
-
-
-PAD_LIKE = st.text(alphabet=["a", *map(chr, (0, srlm.EOS, 257))], max_size=5)
-
-
-@given(*[st.one_of(st.text(max_size=5), PAD_LIKE)] * 2, st.booleans())
-def test_prompt_and_response_make_up_the_item(prompt, response, template):
-    """No token of an item is lost, those included that look like EOS or padding."""
+@given(*[st.text(max_size=5) | st.text(alphabet="a\0\u0100\u0101", max_size=5)] * 2,
+       st.sampled_from(["", "{}"]), st.booleans())  # chr(256) looks like EOS
+def test_items_are_prompt_response_and_eos(prompt, response, suffix, ends):
+    """An item is the prompt inside its template, the response and EOS; no token of them is lost."""
     by_character = (lambda text: [*map(ord, text)]), (lambda ids: "".join(map(chr, ids)))
     for encode, decode in ((srlm.encode, srlm.decode), by_character):
-        text = srlm.TextFormat(encode, decode, "{{ prompt }}" + "{}" * template)
+        text = srlm.TextFormat(encode, decode, "<{{ prompt }}" + suffix, srlm.EOS if ends else None)
         ids, n = text.item(prompt, response)
-        same(ids[:n], text.prompt_ids(prompt))
-        assert ids.tolist() == [*encode(prompt + "{}" * template + response), srlm.EOS]
-        assert n == len(encode(prompt + "{}" * template)) and text.text(ids[n:]) == response
+        asked = encode("<" + prompt + suffix)
+        assert (ids.tolist(), n) == ([*asked, *encode(response), *[srlm.EOS] * ends], len(asked))
+        assert text.prompt_ids(prompt).tolist() == asked
+        assert text.text(ids[n:]) == response and text.text(ids[:0]) == ""
+    assert srlm.TextFormat().prompt_ids(prompt).tolist() == srlm.encode(prompt)  # no template
+    assert srlm.decode([-3, 257, *srlm.encode(prompt), 300]) == prompt  # what is no byte is dropped
 
 
 # 2. The model -------------------------------------------------------------------------------------
 
-
-@given(SEEDS, st.integers(1, 3), st.sampled_from([1, 2]), st.integers(2, 12))
-def test_the_transformer_is_causal_and_reads_its_past(seed, depth, heads, length):
-    """A token changes the logits at its own and all later positions, and at no earlier one."""
-    rng, model = np.random.default_rng(seed), transformer(seed, depth=depth, heads=heads)
-    ids = torch.from_numpy(rng.integers(0, 11, size=(2, length)))
-    at = int(rng.integers(length))
-    other = ids.clone()
-    other[:, at] = (other[:, at] + 1) % 11
-    one, two = model(ids), model(other)
-    assert one.shape == (2, length, 11)
-    close(one[:, :at], two[:, :at])
-    assert (one[:, at:] - two[:, at:]).abs().amax(-1).min() > 1e-6
-
-
 def transformer_by_hand(model, ids):
-    """The logits (T, V) of one row, one position and one head at a time. A pair of features (a, b)
-    at position t is rotated by the angle t * 10000^(-i / n), where it is the i-th of n pairs."""
+    """The logits (T, V) of a row. At position t pair i of n is turned by t * 10000^(-i / n)."""
     weights, config = model.state_dict(), model.config
-    size = config.dim // config.heads
-    norm = lambda x, name: weights[name] * (x - x.mean()) / torch.sqrt(x.var(correction=0) + 1e-5)
+    norm = lambda x, name: nn.functional.layer_norm(x, (config.dim,), weights[f"{name}.weight"])
 
-    def turned(x, t):
-        pairs, out = x.view(-1, 2), []
-        for i, (a, b) in enumerate(pairs.tolist()):
-            angle = t * 10_000 ** -(i / len(pairs))
-            out += [a * math.cos(angle) - b * math.sin(angle), a * math.sin(angle) + b * math.cos(angle)]
-        return torch.tensor(out, dtype=x.dtype)
+    def turned(x):
+        n = x.shape[1] // 2
+        angle = torch.arange(len(x))[:, None] * 10_000 ** (-torch.arange(n, dtype=x.dtype) / n)
+        a, b = x[:, ::2], x[:, 1::2]
+        pairs = a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()
+        return torch.stack(pairs, 2).flatten(1)
 
-    xs = [weights["embedding.weight"][i] for i in ids.tolist()]
+    x = weights["embedding.weight"][ids]
     for n in range(config.depth):
-        of = lambda name: weights[f"blocks.{n}.{name}.weight"]
-        qkv = [(of("to_qkv") @ norm(x, f"blocks.{n}.attention_norm.weight")).split(config.dim) for x in xs]
-        for t in range(len(xs)):
-            mixed = []
-            for h in range(config.heads):
-                here = slice(h * size, (h + 1) * size)
-                query = turned(qkv[t][0][here], t)
-                near = [query @ turned(qkv[i][1][here], i) / size**0.5 for i in range(t + 1)]
-                shares = torch.stack(near).softmax(0)
-                mixed.append(sum(share * qkv[i][2][here] for i, share in enumerate(shares)))
-            x = xs[t] + of("to_out") @ torch.cat(mixed)
-            inner = of("up") @ norm(x, f"blocks.{n}.mlp_norm.weight")
-            xs[t] = x + of("down") @ (inner * (1 + torch.erf(inner / 2**0.5)) / 2)
-    return torch.stack([weights["to_logits.weight"] @ norm(x, "norm.weight") for x in xs])
+        times = lambda x, name: x @ weights[f"blocks.{n}.{name}.weight"].T
+        qkv = times(norm(x, f"blocks.{n}.attention_norm"), "to_qkv").chunk(3, 1)
+        mixed = []
+        for query, key, value in zip(*(part.chunk(config.heads, 1) for part in qkv)):
+            near = turned(query) @ turned(key).T / query.shape[1] ** 0.5
+            is_later = torch.ones(len(ids), len(ids)).triu(1) > 0
+            mixed.append(near.masked_fill(is_later, -INF).softmax(1) @ value)
+        x = x + times(torch.cat(mixed, 1), "to_out")
+        inner = times(norm(x, f"blocks.{n}.mlp_norm"), "up")
+        x = x + times(inner * (1 + torch.erf(inner / 2**0.5)) / 2, "down")
+    return norm(x, "norm") @ weights["to_logits.weight"].T
 
 
-@given(SEEDS, st.integers(1, 3), st.sampled_from([(8, 1), (8, 2), (12, 3)]), st.integers(1, 7))
-def test_the_transformer_is_its_formula(seed, depth, shape, length):
-    """The logits are those of the formula, computed one position and one head at a time."""
-    model = transformer(seed, dim=shape[0], heads=shape[1], depth=depth)
+@given(SEEDS, st.integers(1, 3), st.sampled_from([(8, 1), (8, 2), (12, 3)]),
+       st.integers(1, 7) | st.just(210), st.integers(200, 2000),
+       st.sampled_from([(torch.float64, 1e-5), (torch.float32, 1e-4), (torch.bfloat16, 0.05)]))
+def test_the_transformer_is_its_formula(seed, depth, shape, length, far, precision):
+    """The logits are those of the causal formula in any precision, and its rotations go on."""
+    (dim, heads), (dtype, tolerance), rng = shape, precision, generator(seed + 1)
+    model = transformer(seed, dim=dim, heads=heads, depth=depth, room=2001)
     with torch.no_grad():
-        for weight, rng in zip(model.parameters(), map(generator, range(seed, seed + 99))):
+        for weight in model.parameters():
             weight += 0.1 * torch.randn(weight.shape, generator=rng, dtype=weight.dtype)
-    ids = torch.randint(0, 11, (1, length), generator=generator(seed))
-    close(model(ids)[0], transformer_by_hand(model, ids[0]), 1e-5)  # the angles are made in float32
+    ids = torch.randint(0, 11, (2, length), generator=rng)
+    expected = torch.stack([transformer_by_hand(model, row) for row in ids])
+    n = dim // heads // 2
+    angles = [far * 10_000 ** -(i / n) for i in range(n)]
+    close(model.rotations[far], [[math.cos(angle), math.sin(angle)] for angle in angles], 5e-4)
+    logits = model.to(dtype)(ids)
+    assert (logits.shape, logits.dtype) == (expected.shape, dtype)
+    assert (logits - expected).abs().mean() < tolerance
 
 
-@given(SEEDS, st.integers(200, 2000), st.integers(0, 3))
-def test_attention_depends_on_how_far_apart_tokens_are_and_not_on_where(seed, start, pair):
-    """A block gives the same result at any positions, which are turned by t * 10000^(-i / n)."""
-    model = transformer(seed, dim=16, depth=1, room=2012)
-    x = torch.randn(1, 12, 16, generator=generator(seed), dtype=torch.float64)
-    near, far = (model.blocks[0](x, model.rotations[at : at + 12]) for at in (0, start))
-    close(far, near, 1e-3)  # the angles have the precision of float32
-    angle = start * 10_000 ** -(pair / 4)
-    close(model.rotations[start, pair], [math.cos(angle), math.sin(angle)], 5e-4)
-
-
-def test_the_initial_weights_have_the_size_of_their_purpose():
-    """Weights begin with the deviation fan_in^-1/2, over (2 depth)^1/2 where they add to the stream."""
-    model = srlm.Transformer(srlm.ModelConfig(), generator(0))
+def test_the_generator_draws_initial_weights_of_the_right_size():
+    """The deviation is fan_in^-1/2, over (2 depth)^1/2 where weights add to the stream."""
+    model, again, other = (srlm.Transformer(generator=generator(seed)) for seed in (0, 0, 1))
+    same(model.state_dict(), again.state_dict())
     for name, weight in model.named_parameters():
         if weight.ndim == 1:
             same(weight.detach(), torch.ones(64))
             continue
         fan_in = 128 if name.endswith("down.weight") else 64
         adds = name.endswith(("down.weight", "to_out.weight"))
-        expected = (fan_in * (8 if adds else 1)) ** -0.5
-        # 6 % is five standard errors of 4,096 draws or more.
-        assert weight.shape[1] == fan_in and abs(float(weight.detach().std()) / expected - 1) < 0.06, name
-    ids = torch.randint(0, 257, (4, 64), generator=generator(1))
-    assert abs(float(srlm.sft_loss(model, ids, torch.zeros(4)).detach()) - math.log(257)) < 1
-
-
-@given(SEEDS)
-def test_the_generator_alone_draws_the_weights(seed):
-    """Equal generators give equal weights, whatever else was drawn, and other generators others."""
-    one = transformer(seed).state_dict()
-    torch.rand(1)
-    same(transformer(seed).state_dict(), one)
-    other = transformer(seed + 1).state_dict()
-    assert all(not one[name].equal(other[name]) for name in one if one[name].ndim == 2)
+        ratio = float(weight.detach().std()) * (fan_in * (8 if adds else 1)) ** 0.5
+        assert weight.shape[1] == fan_in and abs(ratio - 1) < 0.06, name  # five standard errors
+        assert not weight.equal(other.get_parameter(name)), name
 
 
 @given(SEEDS, st.integers(1, 3), st.integers(1, 5), st.sampled_from([0.0, 1.0]))
 def test_next_token_logits_is_forward_at_the_last_token(seed, depth, rows, temperature):
-    """next_token_logits gives the last logits of each row, and a model without it samples the same."""
+    """next_token_logits gives the last logits of each row; a model without it samples the same."""
     model, rng = transformer(seed, depth=depth, room=20), np.random.default_rng(seed)
     prompts = ragged(rng, rows, 11, high=9)
-    lengths = torch.tensor([len(row) for row in prompts])
-    found = model.next_token_logits(pad(prompts, int(rng.integers(11)), extra=1), lengths)
+    ids, lengths = pad(prompts, int(rng.integers(11)), extra=1), torch.tensor([*map(len, prompts)])
+    found = model.next_token_logits(ids, lengths)
     close(found, torch.stack([model(row[None])[0, -1] for row in prompts]))
-    how = dict(max_new_tokens=5, temperature=temperature, eos_id=3)
-    same(srlm.sample(Watched(model), prompts, generator=generator(seed), **how),
-         srlm.sample(model, prompts, generator=generator(seed), **how))
+    one, two = (srlm.sample(of, prompts, generator=generator(seed), max_new_tokens=5, eos_id=3,
+                            temperature=temperature) for of in (model, Watched(model)))
+    same(one, two)
 
 
 # 3. Sampling --------------------------------------------------------------------------------------
 
-
 @grades("top_k")
 @given(SEEDS, st.integers(1, 4), st.integers(1, 9), st.integers(1, 9))
 def test_top_k(seed, rows, vocab, k):
-    """A logit is kept if and only if fewer than k of its row are larger; so ties stay, and k may exceed V."""
-    rng = np.random.default_rng(seed)
-    logits = torch.from_numpy(rng.integers(-3, 3, size=(rows, vocab)).astype(float))
-    expected = [[x if sum(y > x for y in row) < k else -INF for x in row] for row in logits.tolist()]
-    close(srlm.top_k(logits, k), expected)
+    """A logit is kept if fewer than k of its row are larger, so ties stay, and k may exceed V."""
+    logits = np.random.default_rng(seed).integers(-3, 3, size=(rows, vocab)).astype(float)
+    expected = [[x if (row > x).sum() < k else -INF for x in row] for row in logits]
+    close(srlm.top_k(torch.from_numpy(logits), k), expected)
 
 
 @grades("top_p")
 @given(SEEDS, st.integers(1, 4), st.integers(1, 9), st.floats(0, 1))
 def test_top_p(seed, rows, vocab, p):
-    """The tokens kept are the likeliest, reach p together, and without the last of them would not."""
+    """The tokens kept are the likeliest, reach p together, and would not without the last one."""
     logits = 2 * torch.randn(rows, vocab, generator=generator(seed), dtype=torch.float64)
     logits = logits.round() if seed % 2 else logits  # half of the rows have ties
     found = srlm.top_p(logits, p)
@@ -493,26 +436,26 @@ def test_top_p(seed, rows, vocab, p):
     close(found, logits.masked_fill(~kept, -INF), 1e-5)
     for probs, stays in zip(logits.softmax(-1), kept):
         assert stays.any(), "the most likely token was removed"
-        assert stays.all() or probs[stays].min() >= probs[~stays].max(), "a likelier token was removed"
+        least = probs[stays].min()
+        assert stays.all() or least >= probs[~stays].max(), "a likelier token was removed"
         assert probs[stays].sum() >= p - 1e-6, "the tokens kept do not reach p"
-        least = probs[stays].min() if stays.sum() > 1 else 1.0
-        assert probs[stays].sum() - least < p + 1e-6, "more tokens than needed were kept"
+        is_needed = stays.sum() == 1 or probs[stays].sum() - least < p + 1e-6
+        assert is_needed, "more tokens than needed were kept"
 
 
 @grades("top_p")
 @given(SEEDS)
 def test_top_p_of_1_keeps_unlikely_tokens(seed):
-    """p=1 keeps every token, also those so unlikely that the sum of all others rounds to 1."""
+    """p=1 keeps every token, also where the probabilities of the others are rounded to 1."""
     logits = 9 * torch.randn(1, 200, generator=generator(seed))
-    close(srlm.top_p(logits, 1), logits, of="top_p(logits, 1)")
-    close(srlm.top_p(logits, 1.0), logits, of="top_p(logits, 1.0)")
+    for p in (1, 1.0):
+        close(srlm.top_p(logits, p), logits, of=f"top_p(logits, {p})")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_top_p_of_a_large_vocabulary(dtype):
-    """With 50,000 tokens p=1 keeps them all, and a smaller p keeps the mass p, in spite of rounding."""
+    """Of 50,000 tokens p=1 keeps all, and a smaller p keeps the mass p, in spite of rounding."""
     logits = torch.randn(2, 50_000, generator=generator(0)).to(dtype)
-    close(srlm.top_p(logits, 1), logits)
     close(srlm.top_p(logits, 1.0), logits)
     for p in (0.5, 0.9, 0.99) if dtype == torch.float32 else ():
         kept = srlm.top_p(logits, p).isfinite()
@@ -520,7 +463,7 @@ def test_top_p_of_a_large_vocabulary(dtype):
 
 
 @grades("top_k", "top_p")
-@pytest.mark.parametrize("name, value", [("top_k", 0), ("top_k", -1), ("top_p", -0.1), ("top_p", 1.1)])
+@pytest.mark.parametrize("name, value", [("top_k", 0), ("top_k", -1), ("top_p", -1), ("top_p", 2)])
 def test_filters_refuse_what_makes_no_sense(name, value):
     """k below 1 and p outside of 0 to 1 are a ValueError."""
     with pytest.raises(ValueError):
@@ -530,25 +473,40 @@ def test_filters_refuse_what_makes_no_sense(name, value):
 @grades("top_k", "top_p", "sample")
 @given(SEEDS, st.sampled_from([0.3, 1.0, 3.0]), st.integers(1, 4), st.floats(0, 1))
 def test_every_filter_can_be_sampled_from(seed, temperature, k, p):
-    """Only what survives the filter of logits / temperature is ever drawn."""
+    """Only what the filter of logits / temperature keeps is ever drawn."""
     model, prompt = HashModel(6, seed % 1000), torch.tensor([[seed % 6]])
-    probs = (model(prompt)[0, -1] / temperature).softmax(-1)
-    largest = probs.argsort(descending=True)
-    nucleus = largest[: int(((probs[largest].cumsum(0) - probs[largest]) < p + 1e-6).sum().clamp(min=1))]
-    for logit_filter, allowed in ((lambda x: srlm.top_k(x, k), largest[:k]),
-                                  (lambda x: srlm.top_p(x, p), nucleus),
-                                  (lambda x: srlm.top_p(srlm.top_k(x, k), p), largest[:k])):
-        rows = srlm.sample(model, prompt.expand(40, 1), max_new_tokens=1, temperature=temperature,
-                           logit_filter=logit_filter, eos_id=None, generator=generator(seed))
-        drawn = set(torch.cat(list(rows)).tolist())
-        assert drawn <= set(allowed.tolist()), f"allowed: {allowed.tolist()} | yours: {drawn}"
+    for logit_filter in (lambda x: srlm.top_k(x, k), lambda x: srlm.top_p(x, p),
+                         lambda x: srlm.top_p(srlm.top_k(x, k), p)):
+        kept = logit_filter(model(prompt)[:, -1] / temperature)[0].isfinite()
+        rows = srlm.sample(model, prompt.expand(40, 1), max_new_tokens=1, eos_id=None,
+                           temperature=temperature, logit_filter=logit_filter,
+                           generator=generator(seed))
+        allowed, drawn = set(kept.nonzero().flatten().tolist()), set(torch.cat([*rows]).tolist())
+        assert drawn <= allowed, f"allowed: {allowed} | yours: {drawn}"
+
+
+def no_best(logits):
+    return logits.masked_fill(logits == logits.amax(-1, keepdim=True), -INF)
+
+
+def naive_greedy(model, prompt, new, eos_id, limit, logit_filter):
+    ids = prompt
+    while len(ids) < min(len(prompt) + new, limit):
+        logits = model(ids[None])[:, -1]
+        logits = logits if logit_filter is None else logit_filter(logits)
+        ids = torch.cat((ids, logits.argmax(-1)))
+        if ids[-1] == eos_id:
+            break
+    return ids[len(prompt):]
 
 
 @grades("sample")
 @given(SEEDS, st.integers(1, 6), st.integers(1, 9), st.sampled_from([-1, 0, 7]),
-       st.sampled_from([None, 0, 3]), st.sampled_from([INF, 7, 9]))
-def test_greedy_equals_a_naive_loop(seed, rows, new, pad_id, eos_id, limit):
-    """At temperature 0 each row, in a list or padded on either side, is what a loop over prompts gives."""
+       st.sampled_from([None, 0, 3]), st.sampled_from([INF, 7, 9]), st.sampled_from([0, 1e-7]),
+       st.sampled_from([None, no_best]))
+def test_greedy_equals_a_naive_loop(seed, rows, new, pad_id, eos_id, limit, temperature,
+                                    logit_filter):
+    """At or near temperature 0 a row is what a loop over prompts, padded or not, gives."""
     model, prompts = HashModel(5, seed % 1000), ragged(np.random.default_rng(seed), rows, 5)
     model.table.data *= 1 + 99 * (seed % 2)  # half of the models are very sure
     if limit < INF:
@@ -558,11 +516,12 @@ def test_greedy_equals_a_naive_loop(seed, rows, new, pad_id, eos_id, limit):
         row[[0, -1]] = row[[0, -1]].clamp(min=1)
     for form, of, prompt_rows in (
             (prompts, "prompts as a list of tensors", prompts),
-            ([row.tolist() for row in prompts], "prompts as lists", prompts),
             (pad(inside, pad_id, extra=2), "prompts padded on the right", inside),
             (pad(inside, pad_id, left=True, extra=2), "prompts padded on the left", inside)):
-        found = srlm.sample(model, form, max_new_tokens=new, temperature=0, eos_id=eos_id, pad_id=pad_id)
-        same(found, [naive_greedy(model, row, new, eos_id, limit) for row in prompt_rows], of)
+        found = srlm.sample(model, form, max_new_tokens=new, temperature=temperature,
+                            logit_filter=logit_filter, eos_id=eos_id, pad_id=pad_id)
+        same(found, [naive_greedy(model, row, new, eos_id, limit, logit_filter)
+                     for row in prompt_rows], of)
 
 
 @grades("sample")
@@ -590,44 +549,26 @@ def test_a_row_ends_at_eos(seed, rows, new):
     model, prompts = HashModel(4, seed % 1000), ragged(np.random.default_rng(seed), rows, 4)
     for row in srlm.sample(model, prompts, max_new_tokens=new, eos_id=1, generator=generator(seed)):
         ends = (row == 1).nonzero().flatten().tolist()
-        assert ends == [len(row) - 1] or (ends == [] and len(row) == new), f"EOS is 1, the row {row}"
-    for row in srlm.sample(model, prompts, max_new_tokens=new, eos_id=None):
-        assert len(row) == new, f"without EOS a row has {new} new tokens, not {len(row)}"
-
-
-FILTERS = {"none": None, "shift": lambda logits: logits + torch.tensor([0.0, 0, 2, 0, 0]),
-           "near the best": lambda logits: logits.masked_fill(
-               logits < logits.amax(-1, keepdim=True) - 1.5, -INF)}
+        assert ends == [len(row) - 1] or (not ends and len(row) == new), f"EOS is 1, the row {row}"
 
 
 @grades("sample")
-@pytest.mark.parametrize("name, temperature", [("none", 2.5), ("shift", 0.6), ("near the best", 2.5)])
-def test_drawn_frequencies_match_the_softmax(name, temperature):
+@pytest.mark.parametrize("logit_filter, temperature", [
+    (None, 2.5), (no_best, 2.5), (lambda logits: logits + torch.tensor([0.0, 0, 2, 0, 0]), 0.6)])
+def test_drawn_frequencies_match_the_softmax(logit_filter, temperature):
     """Tokens are drawn as often as softmax(logit_filter(logits / temperature)) says."""
-    model, n, logit_filter = HashModel(5, seed=3), 2000, FILTERS[name]
+    model, n = HashModel(5, seed=3), 2500
     rows = srlm.sample(model, [[1, 2]] * n, max_new_tokens=2, eos_id=None, temperature=temperature,
                        logit_filter=logit_filter, generator=generator(0))
-    found, expected = torch.zeros(5, 5), torch.zeros(5, 5)
-    for a, b in torch.stack(list(rows)).tolist():
-        found[a, b] += 1 / n
-    for a in range(5):
-        logits = model(torch.tensor([[1, 2, a]]))[0, 1:].detach() / temperature
-        first, second = (logits if logit_filter is None else logit_filter(logits)).softmax(-1)
-        expected[a] = first[a] * second
-    # By Hoeffding's inequality one of 3 * 25 shares is off by 0.08 with odds of
-    # 150 exp(-2 * 2000 * 0.08^2) = 1e-9.
-    worst = int((found - expected).abs().argmax())
-    told = f"expected {expected.flatten()[worst]:.3f} | yours {found.flatten()[worst]:.3f} of all rows"
-    assert (found - expected).abs().max() < 0.08, f"tokens {divmod(worst, 5)}: {told}"
-
-
-@grades("sample")
-@given(SEEDS, st.integers(1, 4))
-def test_a_low_temperature_is_greedy(seed, rows):
-    """Towards temperature 0 the most likely token is drawn, as it is at 0."""
-    model, prompts = HashModel(5, seed % 1000), ragged(np.random.default_rng(seed), rows, 5)
-    found = srlm.sample(model, prompts, max_new_tokens=5, temperature=1e-7, eos_id=2)
-    same(found, [naive_greedy(model, row, 5, 2) for row in prompts])
+    pairs = torch.stack(list(rows)) @ torch.tensor([5, 1])  # 0 to 24
+    logits = model(torch.tensor([[1, 2, a] for a in range(5)]))[:, 1:].detach() / temperature
+    logits = logits if logit_filter is None else logit_filter(logits)
+    first, second = logits.softmax(-1).unbind(1)
+    expected = first[0][:, None] * second  # p(a) p(b | a)
+    # By Hoeffding's inequality one of 3 * 25 shares is off by 0.07 with odds of
+    # 150 exp(-2 * 2500 * 0.07^2) = 3e-9.
+    close(torch.bincount(pairs, minlength=25) / n, expected.flatten(), 0.07,
+          of="the share of each of the 25 pairs of tokens")
 
 
 REFUSED = [([[1], []], {}, "prompt 1 has 0 tokens"), ([[1] * 6], {}, "prompt 0 has 6 tokens.*6"),
@@ -639,95 +580,70 @@ REFUSED = [([[1], []], {}, "prompt 1 has 0 tokens"), ([[1] * 6], {}, "prompt 0 h
 @pytest.mark.parametrize("prompts, how, logit", [*[(*case[:2], 0.0) for case in REFUSED],
                                                  *[([[1, 2]], {}, x) for x in (NAN, INF, -INF)]])
 def test_what_cannot_be_sampled_is_refused(prompts, how, logit, temperature):
-    """Empty prompts, those without room for a token, and NaN or infinite logits are a ValueError."""
-    model = HashModel(5)
-    model.max_seq_len = 6
+    """Empty prompts, those without room for a token, and NaN or infinite logits are errors."""
+    model = limited(HashModel(5), 6)
     model.table.data[:] = logit
     with pytest.raises(ValueError):
         srlm.sample(model, prompts, max_new_tokens=3, temperature=temperature, **how)
 
 
-@grades("sample")
-def test_at_temperature_0_the_filter_counts_too():
-    """The most likely token is the likeliest of those that the filter keeps."""
-    no_best = lambda logits: logits.masked_fill(logits == logits.amax(-1, keepdim=True), -INF)
-    model = HashModel(5)
-    row, = srlm.sample(model, [[1]], max_new_tokens=1, temperature=0, logit_filter=no_best)
-    same(row.tolist(), [int(model(torch.tensor([[1]]))[0, -1].argsort()[-2])])
-
-
-def test_a_token_that_the_model_rules_out_is_never_drawn():
-    """A token with the logit -inf is never drawn."""
-    model = HashModel(5)
-    model.table.data += torch.tensor([-INF, 0, -INF, 0, 0])
-    rows = srlm.sample(model, [[1]] * 50, max_new_tokens=3, eos_id=None, generator=generator(0))
-    same(sorted(set(torch.cat(rows).tolist())), [1, 3, 4])
-
-
-def test_a_large_batch_is_no_different_from_many_small_ones():
-    """Rows that are more than run through the model at a time are answered as if each were alone."""
-    model, prompts = HashModel(5, 1), ragged(np.random.default_rng(0), 700, 5, high=20)
+def test_sampling_costs_no_more_than_its_docstring_says():
+    """Finished rows leave the batch; many rows run 4,096 tokens at a time, as if alone."""
+    model = Watched(Scripted(lambda asked: "" if asked.startswith("a") else "long"))
+    srlm.sample(model, [*map(srlm.encode, ["a1\n", "b2\n", "a3\n", "b4\n"])], max_new_tokens=4)
+    assert [rows for rows, _ in model.shapes] == [4, 2, 2, 2]
+    model, prompts = HashModel(5, 1), ragged(np.random.default_rng(0), 700, 5, low=15, high=20)
     how = dict(max_new_tokens=2, temperature=0, eos_id=None)
-    same(srlm.sample(model, prompts, **how), [srlm.sample(model, [row], **how)[0] for row in prompts])
+    found = srlm.sample(watched := Watched(model), prompts, **how)
+    sizes = [rows * length for rows, length in watched.shapes]
+    assert max(sizes) <= 4096 and sum(sizes) <= 700 * 2 * (20 + 2)
+    same(found, [srlm.sample(model, [row], **how)[0] for row in prompts])
     same(srlm.sample(model, [], **how), [])
 
 
-def test_sampling_costs_no_more_than_its_docstring_says():
-    """Finished rows leave the batch, and no call has more than 4,096 tokens, whatever the vocabulary."""
-    model = Watched(Scripted(lambda asked: "" if asked.startswith("a") else "long"))
-    srlm.sample(model, [srlm.encode(text + "\n") for text in ("a1", "b2", "a3", "b4")], max_new_tokens=4)
-    assert [rows for rows, _ in model.shapes] == [4, 2, 2, 2]
-    model = Watched(FreeLogits(203, 50_000, dtype=torch.bfloat16))
-    prompts = [torch.cat((torch.tensor([i]), torch.zeros(199, dtype=torch.long))) for i in range(50)]
-    srlm.sample(model, prompts, max_new_tokens=3, eos_id=None)
-    sizes = [rows * length for rows, length in model.shapes]
-    assert max(sizes) <= 4096 and sum(sizes) <= 50 * 3 * (200 + 3)
-
-
-@given(SEEDS, st.booleans())
-def test_every_module_gets_its_own_mode_back(seed, fails):
-    """Sampling runs in evaluation mode without gradients and then restores each module, errors or not."""
-    model = nn.Sequential(nn.Embedding(5, 4), nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)),
-                          nn.Linear(4, 5))
-    rng, during = np.random.default_rng(seed), []
-    for module in model.modules():
-        module.training = bool(rng.integers(2))
-    before = [module.training for module in model.modules()]
+@pytest.mark.parametrize("factor, calls", [(1, 3), (NAN, 1)])  # the second one is an error
+def test_every_module_gets_its_own_mode_back(factor, calls):
+    """Sampling runs in evaluation mode without gradients, then restores each module."""
+    model, during = nn.Sequential(nn.Embedding(5, 5), nn.Dropout(0.5)), []
+    model[0].eval()  # the other modules stay in training mode
 
     def look(logits):
         during.append(any(module.training for module in model.modules()) or logits.requires_grad)
-        return logits * NAN if fails else logits
+        return logits * factor
 
-    with pytest.raises(ValueError) if fails else contextlib.nullcontext():
+    with contextlib.suppress(ValueError):
         srlm.sample(model, [[1], [2, 3]], max_new_tokens=3, logit_filter=look, eos_id=None)
-    assert during == [False] * len(during) and during
-    assert [module.training for module in model.modules()] == before
+    assert during == [False] * calls
+    assert [module.training for module in model.modules()] == [True, False, True]
 
 
 def test_the_generator_is_the_only_source_of_chance():
-    """Equal generators give equal draws, other ones others; any byte and EOS can be drawn, but not PAD."""
+    """Equal generators give equal draws, other ones others, of all bytes and EOS, but never PAD."""
     model = srlm.Transformer(srlm.ModelConfig(dim=8, depth=1, max_seq_len=64), generator(0))
-    with torch.no_grad():
-        model.to_logits.weight.zero_()
-    how = dict(max_new_tokens=40, eos_id=None)
-    one, two, other = (srlm.sample(model, [[1]] * 300, generator=generator(s), **how) for s in (1, 1, 2))
-    same(one, two)
-    same(one, srlm.sample(model, [[1]] * 300, temperature=1.0, generator=generator(1), **how))
-    assert not torch.cat(one).equal(torch.cat(other)) and not one[0].equal(one[2])
-    assert torch.cat(one).unique().tolist() == list(range(257)) == list(range(len(model.embedding.weight)))
+    model.to_logits.weight.data *= 0.1  # all ids are about equally likely
+    draw = lambda seed, **how: torch.stack(srlm.sample(
+        model, [[1]] * 300, max_new_tokens=40, eos_id=None, generator=generator(seed), **how))
+    one = draw(1)
+    same(draw(1, temperature=1.0), one)
+    assert not one.equal(draw(2)) and not one[0].equal(one[2])
+    assert one.unique().tolist() == [*range(257)] == [*range(len(model.embedding.weight))]
 
 
 @pytest.mark.parametrize("noise, token", [(0.0, 1), (1 - 2**-24, 3)])
-def test_the_ends_of_the_noise_draw_what_the_filter_leaves(noise, token, monkeypatch):
-    """The smallest and the largest number of torch.rand draw no token that the filter has removed."""
+def test_the_ends_of_the_noise_draw_what_may_be_drawn(noise, token, monkeypatch):
+    """The smallest and the largest torch.rand draw no token that filter or model has ruled out."""
     monkeypatch.setattr(torch, "rand", lambda *size, generator=None: torch.full(size, noise))
-    ends = torch.tensor([-INF, 0, 0, 0, -INF])
-    found = srlm.sample(HashModel(5), [[1], [2]], max_new_tokens=2, eos_id=None,
-                        logit_filter=lambda logits: logits + ends)
-    assert [row.tolist() for row in found] == [[token] * 2] * 2
+    model, ends = HashModel(5), torch.tensor([-INF, 0, 0, 0, -INF])
+    draw = lambda logit_filter: [row.tolist() for row in srlm.sample(
+        model, [[1], [2]], max_new_tokens=2, eos_id=None, logit_filter=logit_filter)]
+    assert draw(lambda logits: logits + ends) == [[token] * 2] * 2
+    model.table.data += ends
+    assert draw(None) == [[token] * 2] * 2
 
 
 # 4. Log-probabilities and losses ------------------------------------------------------------------
+
+OUTSIDE = st.sampled_from([-1, 7, 257])  # values of pad_id that are no token of the rows below
 
 
 class Batch(NamedTuple):
@@ -735,61 +651,48 @@ class Batch(NamedTuple):
     prompt_lens: list
     model: HashModel
 
-    def __repr__(self):
-        return f"Batch(rows={plain(self.rows)}, prompt_lens={self.prompt_lens}, model={self.model})"
-
 
 @st.composite
-def batches(draw, vocab=4, empty=True):
-    """Ragged rows, prompt lengths, and a model; with empty=False each row has a response."""
+def batches(draw, empty=True):
+    """Rows of ids 0 to 3 and EOS, and a model; with empty=False each row has a response."""
     rng = np.random.default_rng(seed := draw(SEEDS))
-    rows = ragged(rng, draw(st.integers(1, 5)), vocab, low=2, high=7)
+    rows = ragged(rng, draw(st.integers(1, 5)), 5, low=2, high=7)
     lens = [int(rng.integers(0 if empty else 1, len(row) + empty)) for row in rows]
-    return Batch(rows, lens, HashModel(vocab, seed % 1000))
-
-
-OUTSIDE = st.sampled_from([-1, 4, 257])  # values of pad_id that are no token of a vocabulary of 4
+    return Batch([row.masked_fill(row == 4, srlm.EOS) for row in rows], lens,
+                 HashModel(srlm.VOCAB_SIZE, seed % 1000))
 
 
 @grades("response_mask")
 @given(batches(), OUTSIDE, st.integers(0, 2))
-@example(Batch([torch.tensor([1, 2, 3, 0]), torch.tensor([1, 2])], [2, 1], HashModel(4)), -1, 1)
-@example(Batch([torch.tensor([5, 6, 7, srlm.EOS]), torch.tensor([5, srlm.EOS])], [2, 1], HashModel(4)), -1, 0)
+@example(Batch([torch.tensor([1, 2, 3, srlm.EOS]), torch.tensor([1, 2])], [2, 1], None), -1, 1)
 def test_response_mask(batch, pad_id, extra):
     """Entry t is True if and only if token t + 1 is neither prompt nor padding."""
     rows, lens, _ = batch
     ids = pad(rows, pad_id, extra=extra)
-    expected = [[n <= t + 1 < len(row) for t in range(ids.shape[1] - 1)] for row, n in zip(rows, lens)]
+    expected = [[n <= t < len(row) for t in range(1, ids.shape[1])] for row, n in zip(rows, lens)]
     same(srlm.response_mask(ids, torch.tensor(lens), pad_id), torch.tensor(expected))
 
 
 @grades("sequence_logprobs", "token_logprobs", "response_mask")
 @given(batches(), OUTSIDE, st.integers(0, 3))
 def test_chain_rule(batch, pad_id, extra):
-    """log p(response | prompt) is the sum over single tokens and prefixes; padding changes nothing."""
+    """Entry t is log p of token t + 1 given its past; these add up to log p(response | prompt)."""
     rows, lens, model = batch
-    found = srlm.sequence_logprobs(model, pad(rows, pad_id, extra=extra), torch.tensor(lens), pad_id)
-    close(found, [logp(model, row, n) for row, n in zip(rows, lens)], 1e-5)
-
-
-@grades("token_logprobs")
-@given(batches(), OUTSIDE)
-def test_token_logprobs_are_log_softmax_of_the_token_before(batch, pad_id):
-    """Entry t is log p of token t + 1, read from the logits at position t."""
-    rows, _, model = batch
-    found = srlm.token_logprobs(model, pad(rows, pad_id, extra=1), pad_id)
-    close(found.shape, [len(rows), max(map(len, rows))], of="the shape")
-    for i, (row, of_row) in enumerate(zip(rows, found)):
+    ids = pad(rows, pad_id, extra=extra)
+    tokens = srlm.token_logprobs(model, ids, pad_id)
+    close(tokens.shape, [len(rows), ids.shape[1] - 1], of="the shape of token_logprobs")
+    for i, (row, found) in enumerate(zip(rows, tokens)):
         expected = [logp(model, row[: t + 1], t) for t in range(1, len(row))]
-        close(of_row[: len(row) - 1], expected, 1e-5, of=f"row {i}")
+        close(found[: len(row) - 1], expected, 1e-5, of=f"token_logprobs of row {i}")
+    found = srlm.sequence_logprobs(model, ids, torch.tensor(lens), pad_id)
+    close(found, [logp(model, row, n) for row, n in zip(rows, lens)], 1e-5, of="sequence_logprobs")
 
 
 @grades("sequence_logprobs", "token_logprobs")
 @given(SEEDS, st.integers(1, 3), st.integers(1, 3), st.integers(0, 2))
 def test_probabilities_of_all_responses_sum_to_one(seed, length, prompt_len, padding):
     """The probabilities of all responses of one length add up to 1."""
-    model, rng = HashModel(3, seed % 1000), np.random.default_rng(seed)
-    prompt = rng.integers(0, 3, size=prompt_len).tolist()
+    model, prompt = HashModel(3, seed % 1000), [2, 0, 1][:prompt_len]
     ids = torch.tensor([prompt + list(y) + [9] * padding
                         for y in itertools.product(range(3), repeat=length)])
     found = srlm.sequence_logprobs(model, ids, torch.full((len(ids),), prompt_len), pad_id=9)
@@ -799,148 +702,108 @@ def test_probabilities_of_all_responses_sum_to_one(seed, length, prompt_len, pad
 
 
 @grades("sequence_logprobs")
-@given(batches(vocab=5, empty=False), SEEDS)
+@given(batches(empty=False), SEEDS)
 def test_log_probability_of_a_concatenation_is_the_sum(batch, seed):
     """log p(ab | x) = log p(a | x) + log p(b | xa): a sum over tokens, not a mean."""
     rows, lens, model = batch
     rng = np.random.default_rng(seed)
     cuts = [int(rng.integers(max(n, 2), len(row) + 1)) for row, n in zip(rows, lens)]
-    whole = srlm.sequence_logprobs(model, pad(rows, -1), torch.tensor(lens), -1)
-    first = srlm.sequence_logprobs(model, pad([row[:c] for row, c in zip(rows, cuts)], -1),
-                                   torch.tensor(lens), -1)
-    second = srlm.sequence_logprobs(model, pad(rows, -1), torch.tensor(cuts), -1)
-    close(first + second, whole, 1e-5)
+    of = lambda rows, lens: srlm.sequence_logprobs(model, pad(rows, -1), torch.tensor(lens), -1)
+    first = of([row[:cut] for row, cut in zip(rows, cuts)], lens)
+    close(first + of(rows, cuts), of(rows, lens), 1e-5)
 
 
 @grades("response_mask", "sequence_logprobs", "token_logprobs")
 @given(batches(), st.integers(0, 2))
 def test_a_pad_id_inside_a_row_is_a_token_like_any_other(batch, extra):
-    """Padding is the run of pad_id at the end of a row; before that, pad_id is an ordinary token."""
+    """Padding is the run of pad_id that ends a row; before that, pad_id is an ordinary token."""
     rows, lens, model = batch
-    ids, lens = pad(rows, 0, extra=extra), torch.tensor(lens)
+    ids = pad(rows, 0, extra=extra)
     ends = [max((t + 1 for t, token in enumerate(row) if token != 0), default=0) for row in rows]
-    expected = [[n <= t + 1 < end for t in range(ids.shape[1] - 1)] for end, n in zip(ends, lens)]
-    same(srlm.response_mask(ids, lens, 0), torch.tensor(expected), of="response_mask")
-    expected = [logp(model, row[:end], int(n)) for row, end, n in zip(rows, ends, lens)]
-    close(srlm.sequence_logprobs(model, ids, lens, 0), expected, 1e-5, of="sequence_logprobs")
-
-
-@grades("sequence_logprobs", "sft_loss")
-def test_eos_is_a_token_of_the_response():
-    """EOS at the end of a response counts like its other tokens; EOS in a prompt does not."""
-    uniform = lambda ids: torch.zeros(*ids.shape, srlm.VOCAB_SIZE)
-    ids = torch.tensor([[0, 6, 7, srlm.EOS, srlm.PAD], [1, srlm.EOS, 7, 8, srlm.EOS]])
-    one = math.log(srlm.VOCAB_SIZE)
-    close(srlm.sequence_logprobs(uniform, ids, torch.tensor([2, 2])), [-2 * one, -3 * one], 1e-5)
-    model = FreeLogits(2, 5, srlm.VOCAB_SIZE)
-    srlm.sft_loss(model, ids, torch.tensor([2, 2])).backward()
-    read = [[False, True, True, False, False], [False, True, True, True, False]]
-    same((model.logits.grad != 0).any(-1), torch.tensor(read), of="where the gradient is non-zero")
+    expected = [[n <= t < end for t in range(1, ids.shape[1])] for end, n in zip(ends, lens)]
+    found = srlm.response_mask(ids, torch.tensor(lens), 0)
+    same(found, torch.tensor(expected), of="response_mask")
+    expected = [logp(model, row[:end], n) for row, end, n in zip(rows, ends, lens)]
+    found = srlm.sequence_logprobs(model, ids, torch.tensor(lens), 0)
+    close(found, expected, 1e-5, of="sequence_logprobs")
 
 
 @grades("sft_loss", "response_mask")
-@given(batches(), st.sampled_from([-1, 4]))
+@given(batches(), OUTSIDE)
+@example(Batch([torch.tensor([1, 2])], [2], None), -1)
 def test_the_loss_reads_exactly_the_logits_that_predict_the_response(batch, pad_id):
-    """The gradient is non-zero at the positions before response tokens, EOS included, and nowhere
-    else; no label of the prompt counts; and without any response loss and gradient are zero."""
+    """The loss is the mean of -log p over all response tokens, and reads no other logits."""
     rows, lens, _ = batch
     ids = pad(rows, pad_id)
     ids[:, 0] = torch.arange(len(rows))
-    model = FreeLogits(*ids.shape, 9)
+    model = FreeLogits(*ids.shape, srlm.VOCAB_SIZE)
     loss = srlm.sft_loss(model, ids, torch.tensor(lens), pad_id)
     loss.backward()
-    grad = model.logits.grad if model.logits.grad is not None else torch.zeros(*ids.shape, 9)
-    read = [[max(n, 1) <= t + 1 < len(row) for t in range(ids.shape[1])] for row, n in zip(rows, lens)]
+    grad = torch.zeros_like(model.logits) if model.logits.grad is None else model.logits.grad
+    read = [[max(n, 1) <= t + 1 < len(row) for t in range(ids.shape[1])]
+            for row, n in zip(rows, lens)]
     same((grad != 0).any(-1), torch.tensor(read), of="where the gradient is non-zero")
+    total = sum(logp(model, row_ids[: len(row)], n) for row_ids, row, n in zip(ids, rows, lens))
+    close(loss, -total / max(1, sum(map(sum, read))), 1e-5, of="the loss")
     for row, n in zip(ids, lens):
         row[1:n] = (row[1:n] + 1) % 4
     close(srlm.sft_loss(model, ids, torch.tensor(lens), pad_id), loss, 1e-5,
           of="the loss with other tokens in the prompts")
-    assert loss.isfinite() and (any(map(any, read)) or loss == 0), f"yours is {loss}"
-
-
-@grades("sft_loss")
-@given(batches())
-def test_sft_loss_is_the_mean_over_response_tokens(batch):
-    """The mean of -log p is over all response tokens of the batch, not over the means of its rows."""
-    rows, lens, model = batch
-    n_tokens = sum(len(row) - max(n, 1) for row, n in zip(rows, lens))
-    expected = -sum(logp(model, row, n) for row, n in zip(rows, lens)) / max(1, n_tokens)
-    found = srlm.sft_loss(model, pad(rows, srlm.PAD, extra=1), torch.tensor(lens))
-    close(found, expected, 1e-5, of="the loss of the batch")
-    row = rows[0]
-    for n_tokens in (1, 0):
-        n = len(row) - n_tokens
-        close(srlm.sft_loss(model, row[None], torch.tensor([n])), -logp(model, row, n), 1e-5,
-              of=f"the loss of the first row alone with {n_tokens} response tokens")
-
-
-def spelled_out(logits, ids, start):
-    """log p(ids[start:] | ids[:start]) in float64."""
-    logprobs = logits.detach().double().log_softmax(-1)[torch.arange(len(ids) - 1), ids[1:]]
-    return float(logprobs[start - 1:].sum())
 
 
 @grades("token_logprobs", "sequence_logprobs", "sft_loss")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("length", [203, 2003])
-def test_long_sums_keep_their_precision(dtype, length):
-    """Whatever the dtype of the model, thousands of log-probabilities are summed in float32 or wider."""
-    model, ids = FreeLogits(length, 97, dtype=dtype), torch.arange(length)[None] % 97
-    expected = spelled_out(model.logits, ids[0], 3)
+def test_long_sums_keep_their_precision(dtype):
+    """Whatever the dtype of the model, log-probabilities are summed in float32 or wider."""
+    model, ids = FreeLogits(1, 2003, 97, dtype=dtype), torch.arange(2003)[None] % 97
+    expected, lens = logp(model, ids[0], 3), torch.tensor([3])
     tokens = srlm.token_logprobs(model, ids)
     assert tokens.dtype in (torch.float32, torch.float64), f"yours has the dtype {tokens.dtype}"
     close(tokens[0, 2:].double().sum(), expected, 1e-5, of="the sum of token_logprobs")
-    close(srlm.sequence_logprobs(model, ids, torch.tensor([3])), [expected], 1e-5, of="sequence_logprobs")
-    close(srlm.sft_loss(model, ids, torch.tensor([3])), -expected / (length - 3), 1e-5, of="sft_loss")
+    close(srlm.sequence_logprobs(model, ids, lens), [expected], 1e-5, of="sequence_logprobs")
+    close(srlm.sft_loss(model, ids, lens), -expected / 2000, 1e-5, of="sft_loss")
 
 
 @grades("sequence_logprobs", "sft_loss", "dpo_loss")
 @given(batches(empty=False), SEEDS)
 def test_impossible_tokens_outside_of_the_response_cause_no_nan(batch, seed):
-    """Logits of -inf leave loss and gradient finite, unless the response needs them: then log p = -inf."""
+    """Logits of -inf leave loss and gradient finite, except where the response needs them."""
     rows, lens, _ = batch
     ids, lens = pad(rows, -1, extra=1), torch.tensor(lens)
     ids[:, 0] = torch.arange(len(rows))
-    model, plain_model = FreeLogits(*ids.shape, 9, seed=seed), FreeLogits(*ids.shape, 9, seed=seed)
-    masked = torch.ones(*ids.shape, 9, dtype=torch.bool)
+    model = FreeLogits(*ids.shape, srlm.VOCAB_SIZE, seed=seed)
+    masked = torch.ones_like(model.logits, dtype=torch.bool)
     masked[..., 4] = False
     for row, n, out in zip(rows, lens, masked):
-        out[torch.arange(n - 1, len(row) - 1), row[n:]] = False  # what the response needs is possible
+        out[torch.arange(n - 1, len(row) - 1), row[n:]] = False  # what the response needs
     model.logits.data[masked] = -INF
-    plain_model.logits.data[masked] = -1e4
     found = srlm.sequence_logprobs(model, ids, lens)
-    close(found, srlm.sequence_logprobs(plain_model, ids, lens), 1e-5, of="possible responses")
+    expected = [logp(model, row_ids[: len(row)], n) for row_ids, row, n in zip(ids, rows, lens)]
+    close(found, expected, 1e-5, of="possible responses")
     zero = torch.zeros(len(rows))
     (srlm.sft_loss(model, ids, lens) + srlm.dpo_loss(found, zero, zero, zero)[0].sum()).backward()
     assert model.logits.grad.isfinite().all(), "yours has a gradient that is nan or infinite"
-    model.logits.data[:, :, 4] = 0.0
     model.logits.data[0, lens[0] - 1, rows[0][lens[0]]] = -INF
     close(srlm.sequence_logprobs(model, ids, lens)[0], -INF, of="an impossible response")
 
 
-FOUR = st.lists(st.tuples(*[st.floats(-50, 0)] * 4), min_size=1, max_size=5)
-BETA = st.floats(0.01, 5)
 LOSSES = {"dpo_loss": lambda *four, beta=0.1: srlm.dpo_loss(*four, beta=beta),
           "spin_loss": lambda *four, beta=0.1: srlm.spin_loss(*four, lam=beta)}
 
 
-def columns(rows):
-    return [torch.tensor(column, dtype=torch.float64, requires_grad=True) for column in zip(*rows)]
-
-
 @grades("dpo_loss", "spin_loss")
 @pytest.mark.parametrize("name", LOSSES)
-@given(FOUR, BETA)
+@given(st.lists(st.tuples(*[st.floats(-50, 0)] * 4), min_size=1, max_size=5), st.floats(0.01, 5))
 def test_dpo_and_spin_are_the_formulas_of_the_papers(name, rows, beta):
-    """Eq. 7 of arXiv:2305.18290 and Eq. 4.7 of arXiv:2401.01335, their rewards and their gradients."""
-    four = columns(rows)
+    """Eq. 7 of arXiv:2305.18290 and Eq. 4.7 of arXiv:2401.01335, their rewards and their
+    gradients."""
+    four = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in zip(*rows)]
     losses, chosen, rejected = LOSSES[name](*four, beta=beta)
     losses.sum().backward()
     margins = [beta * ((pw - rw) - (pl - rl)) for pw, pl, rw, rl in rows]
     close(losses, [math.log1p(math.exp(-abs(x))) + max(-x, 0) for x in margins], 1e-4, of="losses")
     close(chosen, [beta * (pw - rw) for pw, pl, rw, rl in rows], 1e-4, of="rewards of the chosen")
-    close(rejected, [beta * (pl - rl) for pw, pl, rw, rl in rows], 1e-4, of="rewards of the rejected")
+    close(rejected, [beta * (pl - rl) for pw, pl, rw, rl in rows], 1e-4, of="those of the rejected")
     pull = [-beta / (1 + math.exp(min(x, 700))) for x in margins]
     close(four[0].grad, pull, 1e-4, of="gradient for policy_chosen")
     close(four[1].grad, [-x for x in pull], 1e-4, of="gradient for policy_rejected")
@@ -951,149 +814,77 @@ def test_dpo_and_spin_are_the_formulas_of_the_papers(name, rows, beta):
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_loss_is_log_2_at_the_reference_and_finite_far_from_it(name):
     """The loss starts at log 2; margins of 20,000 nats give 0 or 20,000 and a finite gradient."""
-    far, zero = torch.tensor([1e4, -1e4], requires_grad=True), torch.zeros(2)
-    close(LOSSES[name](far, -far, far, -far)[0], [math.log(2)] * 2, 1e-6, of="losses at the reference")
-    losses, *_ = LOSSES[name](far, -far, zero, zero, beta=1.0)
+    far, zero, loss = torch.tensor([1e4, -1e4], requires_grad=True), torch.zeros(2), LOSSES[name]
+    close(loss(far, -far, far, -far)[0], [math.log(2)] * 2, 1e-6, of="losses at the reference")
+    losses, *_ = loss(far, -far, zero, zero, beta=1.0)
     losses.sum().backward()
     close(losses, [0.0, 2e4], 1e-5, of="losses at margins of 20,000 and -20,000")
     close(far.grad, [0.0, -2.0], 1e-5, of="gradient at these margins")
-    rewards = LOSSES[name](far, -far, zero, zero)[1]
-    close(rewards, [1e3, -1e3], 1e-5, of="rewards with the default of 0.1")  # of both papers
+    close(loss(far, -far, zero, zero)[1], [1e3, -1e3], 1e-5, of="rewards with the default of 0.1")
 
 
-@given(batches(empty=False))
-def test_sft_loss_has_the_gradient_of_its_values(batch):
-    """The gradient of sft_loss is that of finite differences."""
-    ids, lens = pad(batch[0], 4), torch.tensor(batch[1])
-    loss = lambda logits: srlm.sft_loss(lambda ids: logits[:, : ids.shape[1]], ids, lens, 4)
-    assert torch.autograd.gradcheck(loss, [FreeLogits(*ids.shape, 4).logits])
+# Theory, on policies that are tables: the log-probabilities of four responses.
 
-
-# Theory, on policies that are tables: a model whose logits are free for every prefix, and responses
-# that can all be listed.
-
-
-def all_logprobs(model, vocab, length=1):
-    """log p of each response of that length to the prompt [0]: (vocab ** length,)."""
-    ids = torch.tensor([[0, *y] for y in itertools.product(range(vocab), repeat=length)])
-    return srlm.sequence_logprobs(model, ids, torch.ones(len(ids), dtype=torch.long), -1)
-
-
-def minimise(model, loss):
-    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=500, tolerance_grad=1e-12,
-                                  tolerance_change=1e-16, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        (value := loss()).backward()
-        return value
-
-    optimizer.step(closure)
-
-
-@given(SEEDS, st.floats(0.5, 2))
+@given(SEEDS, st.floats(0.5, 4))
 def test_the_optimum_of_dpo_is_the_tilted_reference(seed, beta):
-    """For Bradley-Terry preferences DPO ends at ref exp(r / beta) / Z, nearer to ref if beta is larger."""
-    rewards, distances = torch.randn(4, generator=generator(seed)).double(), []
-    i, j = torch.tensor([(i, j) for i in range(4) for j in range(4) if i != j]).T
+    """For Bradley-Terry preferences by a reward r, DPO comes to rest at ref exp(r / beta) / Z."""
+    rewards, ref = torch.randn(2, 4, generator=generator(seed)).double().log_softmax(1)
+    logits = (ref + rewards / beta).requires_grad_()
+    pi = logits.log_softmax(0)
+    i, j = torch.tensor([*itertools.permutations(range(4), 2)]).T
     prefer = (rewards[i] - rewards[j]).sigmoid()
-    for beta in (beta, 2 * beta):
-        model = HashModel(4, seed % 1000)
-        ref = all_logprobs(model, 4).detach()
-
-        def loss():
-            pi = all_logprobs(model, 4)
-            return (prefer * srlm.dpo_loss(pi[i], pi[j], ref[i], ref[j], beta=beta)[0]).sum()
-
-        minimise(model, loss)
-        pi = all_logprobs(model, 4).detach()
-        close(pi, (ref + rewards / beta).log_softmax(0), 1e-5)
-        distances.append(float((pi.exp() * (pi - ref)).sum()))
-    assert distances[0] > distances[1]
+    (prefer * srlm.dpo_loss(pi[i], pi[j], ref[i], ref[j], beta=beta)[0]).sum().backward()
+    close(logits.grad, torch.zeros(4))
 
 
-def spin_population_loss(model, opponent, data, lam, vocab, length=1):
-    """Eq. 4.7 of arXiv:2401.01335, written out: y from the data, y' from the opponent's log-probabilities."""
-    p = all_logprobs(model, vocab, length)
-    i, j = (x.flatten() for x in torch.meshgrid(*[torch.arange(len(p))] * 2, indexing="ij"))
-    weight = data[i] * opponent.exp()[j]
-    return (weight * srlm.spin_loss(p[i], p[j], opponent[i], opponent[j], lam=lam)[0]).sum()
-
-
-@given(SEEDS, st.floats(0.05, 5))
-def test_spin_begins_as_half_lambda_of_sft(seed, lam):
-    """At p = p_t the gradient of SPIN is lambda / 2 times that of SFT; at p = p_data it is zero."""
-    model = HashModel(3, seed % 1000)
-    opponent = all_logprobs(model, 3, 2).detach()
-    data = torch.randn(9, generator=generator(seed)).double().softmax(0)
-    spin, sft, at_data = (torch.autograd.grad(loss, model.table)[0] for loss in (
-        spin_population_loss(model, opponent, data, lam, 3, 2), -(data * all_logprobs(model, 3, 2)).sum(),
-        spin_population_loss(model, opponent, opponent.exp(), lam, 3, 2)))
-    close(spin, lam / 2 * sft, 1e-12)
-    close(at_data, torch.zeros_like(spin), 1e-12)
-
-
-@given(SEEDS, st.sampled_from([1.0, 2.0]))
+@given(SEEDS, st.floats(0.1, 5))
 def test_an_exact_spin_step_shrinks_the_distance_to_the_data(seed, lam):
-    """Theorem 5.4 of arXiv:2401.01335: a round multiplies log(p / p_data) by 1 - 1/lambda."""
-    model = HashModel(4, seed % 1000)
-    opponent = all_logprobs(model, 4).detach()
-    data = torch.randn(4, generator=generator(seed)).double().log_softmax(0)
-    minimise(model, lambda: spin_population_loss(model, opponent, data.exp(), lam, 4))
-    expected = (data + (1 - 1 / lam) * (opponent - data)).log_softmax(0)
-    close(all_logprobs(model, 4), expected, 1e-4)
-
-
-# What the stages make of these functions.
+    """SPIN begins as lambda / 2 of SFT, and ends as Theorem 5.4 of arXiv:2401.01335 says."""
+    data, opponent = torch.randn(2, 4, generator=generator(seed)).double().log_softmax(1)
+    i, j = torch.cartesian_prod(torch.arange(4), torch.arange(4)).T
+    weight = data.exp()[i] * opponent.exp()[j]  # Eq. 4.7: y from the data, y' from the opponent
+    end = data + (1 - 1 / lam) * (opponent - data)  # a round multiplies log(p / p_data) by that
+    for start, expected in ((opponent, lam / 2 * (opponent.exp() - data.exp())), (end, 0 * end)):
+        logits = start.clone().requires_grad_()
+        p = logits.log_softmax(0)
+        losses, *_ = srlm.spin_loss(p[i], p[j], opponent[i], opponent[j], lam=lam)
+        (weight * losses).sum().backward()
+        close(logits.grad, expected)
 
 
 @given(SEEDS, st.integers(0, 3))
 def test_the_end_of_a_response_counts_as_it_is(seed, ends):
-    """A response counts with every EOS that it has: none (cut off), one or more, whatever the id of EOS."""
+    """A response counts with every EOS that it has: none (it was cut off), one or more."""
     model, pairs = Tiny(seed=seed).double(), []
-    for length in (2, 5, 3):
+    for length in (4, 6, 5):
         ids = torch.randint(0, 9, (2 * length,), generator=generator(seed + length))
-        ids[2 * length - ends :] = 8 if ends < length else ids[2 * length - ends :]
+        ids[2 * length - ends :] = 8
         pairs.append(srlm.PreferencePair(ids[:length], ids[length:], ids[: length - 1]))
     rows = [(torch.cat((pair.prompt, pair.chosen)), len(pair.prompt)) for pair in pairs]
-    expected = [spelled_out(model(ids[None])[0], ids, n) for ids, n in rows]
+    expected = [logp(model, ids, n) for ids, n in rows]
     total, count, _ = srlm.sft_objective(rows).loss(model, rows)
     close(total, -sum(expected))
     assert int(count) == sum(len(ids) - n for ids, n in rows)
     close(srlm.pair_logprobs(model, pairs)[0], expected)
 
 
-def random_pairs(lengths, seed=0):
-    draw = lambda n: torch.randint(0, 9, (n,), generator=generator(seed + n))
-    return [srlm.PreferencePair(draw(max(1, n // 3)), draw(n), draw(max(1, n // 2))) for n in lengths]
-
-
-@settings(max_examples=10)
-@given(st.lists(st.integers(2, 700), min_size=1, max_size=60), SEEDS)
-@example([200] * 64, 0)
-def test_the_reference_pass_is_cut_by_tokens(lengths, seed):
-    """A piece of the reference pass has at most 4,096 tokens or is one pair, and does not change log p."""
-    model, pairs = Watched(Tiny()), random_pairs(lengths, seed % 999)
-    found = srlm.with_reference_logprobs(model, pairs)
-    assert all(rows == 2 or rows * length <= 4096 for rows, length in model.shapes)
-    expected = [[float(x.detach()) for x in srlm.pair_logprobs(model, [pair])] for pair in pairs]
-    close(sorted([pair.ref_chosen, pair.ref_rejected] for pair in found), sorted(expected), 1e-4)
-
-
 @pytest.mark.parametrize("kind", ["spin", "dpo", "external-reward"])
-def test_no_stage_runs_a_large_batch_of_long_texts_before_its_updates(kind):
-    """Before the updates of a stage the model is given at most 4,096 tokens or one pair at a time."""
-    pairs = random_pairs([300] * 70)
+def test_a_stage_freezes_its_reference_in_pieces_of_4096_tokens(kind):
+    """Before its updates a stage runs the model on 4,096 tokens or one pair at a time."""
+    draw = lambda n: torch.randint(0, 9, (n,), generator=generator(n))
+    pairs = [srlm.PreferencePair(draw(n // 2), draw(n), draw(n // 3))
+             for n in (*range(3, 700, 10), 3200)]
     items = [(torch.cat((pair.prompt, pair.chosen)), len(pair.prompt)) for pair in pairs]
-    config = {"spin": srlm.SelfPlayConfig(train_dataset=items),
-              "dpo": srlm.DPOConfig(pair_dataset=pairs),
-              "external-reward": srlm.ExternalRewardDPOConfig(
-                  prompt_dataset=["abc" * 100] * 70, n_candidates=2, reward_model=ODD)}[kind]
-    model, updates = Watched(Tiny()), []
-    with mock.patch.object(srlm, "fit", lambda *args, **kwargs: updates.append(len(model.shapes)) or {}):
-        config.run(model, srlm.Context(text=TEXT))
-    assert len(updates) == 1 and max(rows * length for rows, length in model.shapes) <= 4096
-    assert len(model.shapes) > 5
+    data = {"spin": dict(train_dataset=items), "dpo": dict(pair_dataset=pairs),
+            "external-reward": dict(prompt_dataset=["abc" * 100] * 70)}[kind]
+    model = Watched(Tiny())
+    with mock.patch.object(srlm, "fit", return_value={}) as fit:
+        stage(kind, **data).run(model, srlm.Context(TEXT))  # as in Part II
+    assert all(rows <= 2 or rows * length <= 4096 for rows, length in model.shapes)
+    found = fit.call_args.args[1][0].examples
+    assert len(found) == len(pairs) or kind == "external-reward"
+    for pair in found:
+        close(pair[5:], torch.cat(srlm.pair_logprobs(model, [pair])), 1e-4)  # the reference's log p
 
 
 class Apple(TorchFunctionMode):
@@ -1103,91 +894,63 @@ class Apple(TorchFunctionMode):
         if function == torch.Tensor.device.__get__:
             return torch.device("mps")
         real = lambda x: torch.device("cpu") if isinstance(x, torch.device) else x
-        found = function(*map(real, args), **{key: real(value) for key, value in (kwargs or {}).items()})
+        kwargs = {key: real(value) for key, value in (kwargs or {}).items()}
+        found = function(*map(real, args), **kwargs)
         if isinstance(found, torch.Tensor) and found.dtype == torch.float64:
             raise TypeError("Cannot convert a MPS Tensor to float64")
         return found
 
 
-@pytest.mark.parametrize("device, dtype", [("mps", torch.float32), ("cpu", torch.bfloat16)])
-def test_all_stages_run_in_low_precision(device, dtype):
-    """Sampling, judging and training run in bfloat16, and where there is no float64, as on an Apple GPU."""
-    model = srlm.Transformer(srlm.ModelConfig(dim=8, depth=1), generator(0)).to(dtype)
-    before, items = model.to_logits.weight.clone(), [srlm.TextFormat().item("ab", "c")]
-    grade = srlm.RewardConfig("{{ prompt }}{{ response }}", parse_reward=lambda reply: float(len(set(reply))))
-    stages = [srlm.SFTConfig(train_dataset=items, steps=2, learning_rate=0.1),
-              srlm.SelfPlayConfig(train_dataset=items, steps=1, max_new_tokens=3),
-              srlm.DPOConfig(pair_dataset=[("a", "b", "c")], steps=1),
-              srlm.ExternalRewardDPOConfig(prompt_dataset=["a", "b"], steps=1, max_new_tokens=5,
-                                           reward_model=ODD),
-              srlm.SelfRewardDPOConfig(prompt_dataset=["a", "b"], steps=1, max_new_tokens=5,
-                                       max_judge_tokens=5, reward_config=grade)]
-    with Apple() if device == "mps" else contextlib.nullcontext():
-        assert srlm.device_of(model).type == device
-        drawn = srlm.sample(model, [[1, 2], [3]] * 50, max_new_tokens=20, eos_id=None, generator=generator(0))
-        assert torch.cat(drawn).max() < 257 and torch.cat(drawn).min() >= 0
-        for config in stages:
-            with srlm.seeded(0):
-                assert math.isfinite(config.run(model, srlm.Context())["loss"])
-    assert {weight.dtype for weight in model.parameters()} == {dtype}
-    assert not before.equal(model.to_logits.weight)
-
-
-@settings(max_examples=10)
-@given(SEEDS, st.sampled_from([(torch.float32, 1e-4), (torch.bfloat16, 0.15)]))
-def test_the_built_in_model_in_low_precision_is_near_float64(seed, precision):
-    """Its logits are near those of float64, and its log-probabilities are those of its own logits."""
-    wide, (dtype, tolerance) = transformer(seed, vocab=257, dim=16, room=210), precision
-    model = transformer(seed, vocab=257, dim=16, room=210).to(dtype)
-    ids = torch.randint(0, 257, (2, 210), generator=generator(seed))
-    logits = model(ids)
-    assert logits.dtype == dtype
-    close(logits, wide(ids), tolerance)
-    expected = [spelled_out(row, row_ids, 10) for row, row_ids in zip(model(ids[:, :-1]), ids)]
-    close(srlm.sequence_logprobs(model, ids, torch.tensor([10, 10])), expected, 1e-5)
+def test_all_stages_run_where_there_is_no_float64():
+    """All stages write, judge and train on a device without float64, such as an Apple GPU."""
+    model = srlm.Transformer(srlm.ModelConfig(9, 8, 1, 1, 30), generator(0))
+    with Apple():
+        assert srlm.device_of(model).type == "mps"
+        for kind in KINDS:
+            record = stage(kind).run(model, srlm.Context(TEXT, {"default": JUDGE}))
+            assert math.isfinite(record["loss"])
 
 
 # 5. The judge -------------------------------------------------------------------------------------
 
-
-def verdict(template, score_range=None):
-    return srlm.RewardConfig("{{ prompt }}{{ response }}", template, None, score_range)
-
-
-HOSTILE = ["1", "1.", " ", "Score: ", "Score: 1", "a ", "a b 1 c", "-", "(1", "*", "(", "S*", "Score:* "]
-TEMPLATES = ["Score: {{ reward }}", "{{ reward }}", "{{ reward }} / 5", "a b {{ reward }} c d",
-             "({{ reward }})"]
+def verdict(template):
+    return srlm.RewardConfig("{{ prompt }}{{ response }}", template)
 
 
-def slowest(template, sizes):
-    """The processor time of the slowest reply among hostile ones of these sizes."""
-    times, config = [0.0], verdict(template)
-    for size, hostile, start in itertools.product(sizes, HOSTILE, ("", "a b", "Score:")):
-        began = time.process_time()
-        config.parse(start + hostile * (size // len(hostile) + 1) + "!")
-        times.append(time.process_time() - began)
-        if times[-1] > 1:  # an exponential expression would never end
-            break
-    return max(times)
+HOSTILE = ["1", "1.", " ", "Score: ", "Score: 1", "a ", "a b 1 c", "-", "(1", "*", "(", "S*",
+           "Score:* "]
+every_template = pytest.mark.parametrize("template", [
+    "Score: {{ reward }}", "{{ reward }}", "{{ reward }} / 5", "a b {{ reward }} c d",
+    "({{ reward }})"])
 
 
 @grades("RewardConfig.parse")
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_hostile_replies_cost_no_time(template):
-    """A reply of 1,000 characters is read within a second: the expression does not backtrack for ever."""
-    assert slowest(template, [*range(8, 40), 100, 300, 1000]) < 1, "a reply took more than a second"
+@every_template
+def test_hostile_replies_cost_no_time(template, sizes=(*range(8, 40), 100, 300, 1000), seconds=1):
+    """A reply of 1,000 characters is read within a second, as no expression backtracks for ever."""
+    config = verdict(template)
+    for size, hostile, start in itertools.product(sizes, HOSTILE, ("", "a b", "Score:")):
+        began = time.process_time()
+        config.parse(start + hostile * (size // len(hostile) + 1) + "!")
+        assert time.process_time() - began < seconds, f"a reply took more than {seconds} s"
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@every_template
 def test_long_hostile_replies_cost_no_time(template):
     """A reply of 100,000 characters is read in a moment; quadratic time would be minutes."""
-    assert slowest(template, [100_000]) < 0.5
+    test_hostile_replies_cost_no_time(template, sizes=[100_000], seconds=0.5)
 
 
 # What means something to a regular expression or to the templates is literal text here.
 SPECIAL = ["Score:", "(a)", "[0-9]+", "\\d", "$", "^", "|", "{", "}", "Ä", "?", "%s", "b|c"]
 LITERAL = st.lists(st.sampled_from(SPECIAL), min_size=1, max_size=3).map(" ".join)
-NUMBER = st.one_of(st.integers(-10**6, 10**6).map(str), st.floats(-1e6, 1e6).map("{:.3f}".format))
+TOUCHING = st.lists(
+    st.sampled_from([*SPECIAL, ".*", "\\", "(", ")", " ", "  ", "\n", "5", "-", "+", "."]),
+    max_size=5).map(lambda x: re.sub(r"\{+", "{", re.sub(r"\}+", "}", "".join(x))))
+NUMBER = st.integers(-10**6, 10**6).map(str) | st.floats(-1e6, 1e6).map("{:.3f}".format)
+BLANK = st.text(alphabet=" \t\n\r", min_size=1, max_size=4)
+DECORATION = st.text(alphabet="*_` \n", max_size=4)
+ODD_NUMBER = st.sampled_from(["+1", "+12", ".5", ".25", "7.", "10."])
 
 
 @grades("RewardConfig.parse")
@@ -1198,20 +961,14 @@ def test_every_number_round_trips_through_any_template(before, after, number):
     same(config.parse(f"{before} {number} {after}"), float(number))
 
 
-TOUCHING = st.lists(st.sampled_from([*SPECIAL, ".*", "\\", "(", ")", " ", "  ", "\n", "5", "-", "+", "."]),
-                    max_size=5).map(lambda x: re.sub(r"\{+", "{", re.sub(r"\}+", "}", "".join(x))))
-ANY_NUMBER = NUMBER | st.sampled_from(["+1", "+12", ".5", ".25", "7.", "10."])
-
-
-@given(TOUCHING, TOUCHING, ANY_NUMBER)
-def test_text_may_touch_the_number(before, after, number):
+@given(TOUCHING, TOUCHING, NUMBER | ODD_NUMBER, st.sampled_from(["{{ reward }}", "{{reward}}"]))
+def test_text_may_touch_the_number(before, after, number, variable):
     """Digits, signs and brackets around {{reward}} are told from those of the number."""
-    assert verdict(before + "{{ reward }}" + after).parse(before + number + after) == float(number)
-    assert verdict(before + "{{reward}}" + after).parse(before + number + after) == float(number)
+    assert verdict(before + variable + after).parse(before + number + after) == float(number)
 
 
 @grades("RewardConfig.parse")
-@given(st.one_of(st.text(), TOUCHING), TOUCHING, TOUCHING)
+@given(st.text() | TOUCHING, TOUCHING, TOUCHING)
 def test_parse_never_raises(reply, before, after):
     """Every reply gives a finite number or None, whatever the template."""
     config = verdict(before + "{{ reward }}" + after)
@@ -1227,67 +984,44 @@ def test_the_last_match_counts(numbers, between):
     same(SCORE.parse(reply), float(numbers[-1]))
 
 
-BLANK = st.text(alphabet=" \t\n\r", min_size=1, max_size=4)
+@grades("RewardConfig.parse")
+@given(BLANK, BLANK, st.sampled_from([str.upper, str.lower]), NUMBER)
+def test_white_space_and_case_do_not_matter(one, two, changed, number):
+    """Any run of white space equals any other, and capitals equal small letters."""
+    config = verdict(f"{two}Final{two}score is{{{{ reward }}}} points{one}")
+    reply = changed(f"Final{one}score{two}is{two}{number}{one}points")
+    same(config.parse(reply), float(number), of=f"the score of {reply!r}")
 
 
 @grades("RewardConfig.parse")
-@given(BLANK, BLANK, st.booleans(), NUMBER)
-def test_white_space_and_case_do_not_matter(one, two, upper, number):
-    """Any run of white space equals any other, and capitals equal small letters."""
-    config = verdict(f"Final{two}score is{one}{{{{ reward }}}} points")
-    reply = f"Final{one}score{two}is{two}{number}{one}points"
-    reply = reply.upper() if upper else reply.lower()
-    same(config.parse(reply), float(number), of=f"the score of {reply!r}")
-    around = verdict(f"{one}score:{{{{ reward }}}} of 9{two}")
-    reply = f"Score:{two}{number}{one}of 9"
-    same(around.parse(reply), float(number), of=f"the score of {reply!r}")
-
-
-# reply, score under "Score: {{ reward }}"; a range of 0 to 5 turns what lies outside of it into None
-VERDICTS = [
+@pytest.mark.parametrize("reply, score", [
     ("Score: 4", 4), ("score:   4.5/5", 4.5), ("Score: -1", -1), ("Score: 12", 12), ("Score: 5", 5),
     ("Score: 1 Score: 2", 2), ("Score:\n4 Score: four", 4), ("Score: 50", 50), ("Score: 5.1", 5.1),
     ("", None), ("4", None), ("Score: four", None), ("Score: <total>", None), ("Core: 4", None),
     ("Score 4", None), ("Score:4", 4), ("**Score:** 4", 4), ("**Score**: 4", 4), ("*Score*:4", 4),
     ("Score: **4**", 4), ("Score: __2.5__", 2.5), ("Score: <4>", 4), ('Score: "4"', 4),
-    ("Score: [1]", 1), ("Score: (1)", 1), ("Score: 1. No, score:4/5", 4)]
-ODD_VERDICTS = [
-    ("Score: 3.", 3), ("Score: 1e3", 1), ("Score: 007", 7), ("Score: nan", None), ("Score: ٣", None),
-    ("Score: " + "9" * 400, None), ("**Score: `3`**", 3), ("`Score`: 4", 4), ("Score: “4”", 4)]
-
-
-def check_verdict(reply, score):
+    ("Score: [1]", 1), ("Score: (1)", 1), ("Score: 1. No, score:4/5", 4), ("Score: 007", 7),
+    ("Score: nan", None), ("Score: ٣", None), ("Score: " + "9" * 400, None)])
+def test_parse_by_hand(reply, score):
+    """All forms of verdicts are read, and a score outside of the range 0 to 5 counts as none."""
     in_range = score if score is not None and 0 <= score <= 5 else None
     for config, expected in ((SCORE, score), (srlm.DEFAULT_REWARD_CONFIG, in_range)):
         found = config.parse(reply)
         assert found == expected, f"of {reply!r}: expected {expected} | yours {found}"
 
 
-@grades("RewardConfig.parse")
-@pytest.mark.parametrize("reply, score", VERDICTS)
-def test_parse_by_hand(reply, score):
-    """All forms of verdicts are read, a score out of range counts as none, and nothing else is a verdict."""
-    check_verdict(reply, score)
-
-
-@pytest.mark.parametrize("reply, score", ODD_VERDICTS)
-def test_odd_verdicts(reply, score):
-    """Exponents and digits of other scripts are no part of a number, nor is an endless number one."""
-    check_verdict(reply, score)
-
-
-DECORATION = st.text(alphabet="*_` \n", max_size=4)
-
-
-@given(*[DECORATION] * 4, st.sampled_from(["", *"\"'([{<"]), st.floats(-9, 9).map(lambda x: round(x, 3)))
-def test_a_decorated_number_is_read_if_and_only_if_it_is_in_range(one, two, three, four, opening, number):
+@given(*[DECORATION] * 4, st.sampled_from(["", *"\"'([{<“‘"]), st.integers(-9000, 9000),
+       st.sampled_from(["", ".", "e3", "/5", "`"]))
+@example("", "", "", "", "", 1000, "e3")  # an exponent is no part of a number
+def test_a_decorated_number_is_read(one, two, three, four, opening, thousandths, end):
     """Markdown, white space and one opening bracket do not matter; the range does."""
-    reply = f"It is good. {one}Score:{two}{opening}{three}{number:.3f}{four}"
+    number = thousandths / 1000
+    reply = f"It is good. {one}Score:{two}{opening}{three}{number:.3f}{four}{end}"
     assert srlm.DEFAULT_REWARD_CONFIG.parse(reply) == (number if 0 <= number <= 5 else None)
 
 
 @grades("RewardConfig.parse")
-@pytest.mark.parametrize("reply, score", [("12", 12), ("a 12", 12), ("3, then 45", 45), ("x", None)])
+@pytest.mark.parametrize("reply, score", [("12", 12), ("a 12", 12), ("3 or 45", 45), ("x", None)])
 def test_a_number_alone_is_not_entered_in_its_middle(reply, score):
     """A template without any text around {{ reward }} reads the last whole number."""
     found = verdict("{{ reward }}").parse(reply)
@@ -1295,68 +1029,67 @@ def test_a_number_alone_is_not_entered_in_its_middle(reply, score):
 
 
 @grades("RewardConfig.parse")
-def test_your_own_parser_replaces_the_template():
-    """parse_reward replaces the template; the range holds for it too, and inf and NaN are no score."""
-    config = dataclasses.replace(SCORE, parse_reward=lambda reply: len(reply) / 2 if reply else None)
-    same([config.parse(reply) for reply in ("Score: 4", "abc", "")], [4.0, 1.5, None], of="half the lengths")
-    same(dataclasses.replace(config, reward_range=(0, 2)).parse("Score: 4"), None, of="a score out of range")
-    numbers = dataclasses.replace(config, parse_reward=float)
-    same([numbers.parse(reply) for reply in ("1", "nan", "inf")], [1.0, None, None], of="parse_reward=float")
+@pytest.mark.parametrize("reply, score", [("Score: 4", 2.0), ("half", 0.5), ("negative", None),
+                                          ("", None), ("nan", None), ("inf", None)])
+def test_your_own_parser_replaces_the_template(reply, score):
+    """parse_reward replaces the template; the range holds for it, and inf and NaN are no score."""
+    parser = {"Score: 4": 2.0, "half": 0.5, "negative": -1.0, "nan": NAN, "inf": INF}.get
+    config = dataclasses.replace(SCORE, parse_reward=parser, reward_range=(0, INF))
+    same(config.parse(reply), score, of=f"the score of {reply!r}")
 
 
 @given(st.text(), st.text())
+@example("{{ response }}", "{{ prompt }}\\1\\g<0>")
 def test_rendering_is_one_pass(prompt, response):
     """A prompt and a response stay as they are, even if they contain variables or escapes."""
     config = srlm.RewardConfig("Q {{ prompt }} { x } A {{response}} {{ prompt }}", "{{ reward }}")
-    for p, r in ((prompt, response), (prompt + "{{ response }}", "{{ prompt }}\\1\\g<0>" + response)):
-        assert config.render(p, r) == f"Q {p} {{ x }} A {r} {p}"
-
-
-@pytest.mark.parametrize("prompt_template, reward_template, complaint", [
-    ("{{ prompt }}", "{{ reward }}", "response"), ("{{ response }}", "{{ reward }}", "prompt"),
-    ("{{ prompt }}{{ response }}{{ x }}", "{{ reward }}", "x"),
-    ("{{ prompt }}{{ response }}{{ reward }}", "{{ reward }}", "reward"),
-    ("{{ prompt }}{{ response }}", "Score", "reward"),
-    ("{{ prompt }}{{ response }}", "Score {{ reward }} {{ reward }}", "more than one"),
-    ("{{ prompt }}{{ response }}", "Score {{ reward }} {{ prompt }}", "prompt")])
-def test_a_malformed_template_is_quoted_and_refused(prompt_template, reward_template, complaint):
-    """A template with missing, unknown or repeated variables is quoted in the error."""
-    with pytest.raises(ValueError, match=complaint) as error:
-        srlm.RewardConfig(prompt_template, reward_template)
-    assert repr(prompt_template) in str(error.value) or repr(reward_template) in str(error.value)
+    assert config.render(prompt, response) == f"Q {prompt} {{ x }} A {response} {prompt}"
 
 
 def test_the_default_judge_asks_for_what_it_parses():
-    """Its prompt is not indented and ends by asking for the score after the prompt and the response."""
+    """Its prompt is not indented and ends by asking for the score, after prompt and response."""
     asked = srlm.DEFAULT_REWARD_CONFIG.render("THE PROMPT", "THE RESPONSE")
-    assert asked.index("THE PROMPT") < asked.index("THE RESPONSE") < asked.rindex("Score: <total")
+    assert re.search(r"THE PROMPT.*THE RESPONSE.*\nScore: <total", asked, re.DOTALL)
     assert not re.search(r"\{\{|^ ", asked, re.MULTILINE)
     config = srlm.RewardConfig("\n  Q {{ prompt }}\n    A {{ response }}", "{{ reward }}")
     assert config.render("p", "r") == "\nQ p\n  A r"
 
 
+def listening(**fields):
+    """A judge that reads scores as SCORE does, and the list of the replies that it reads."""
+    heard = []
+
+    def parse(reply):
+        heard.append(reply)
+        return SCORE.parse(reply)
+
+    return dataclasses.replace(SCORE, parse_reward=parse, **fields), heard
+
+
 @grades("judge")
 @given(SEEDS, st.integers(1, 4), st.integers(1, 5))
 def test_a_reward_is_the_mean_of_the_valid_judgements(seed, rows, n_samples):
-    """A reward is the mean of the scores in the n_samples replies that have a valid one, else NaN."""
-    names, heard = "abcd"[:rows], []
+    """A reward is the mean of the scores in the n_samples replies with a valid one, else NaN."""
+    names = "abcd"[:rows]
+    config, heard = listening(reward_range=(0, 5))
     model = Scripted(lambda asked: [f"{asked[-1]} Score: {x}" for x in ("1", "2", "9", "?")])
-    config = dataclasses.replace(SCORE, reward_range=(0, 5))
     found = srlm.judge(model, config, ["p"] * rows, list(names), n_samples=n_samples,
-                       generator=generator(seed), on_reply=heard.append)
-    assert sorted(reply[0] for reply in heard) == sorted(names * n_samples), f"the replies are {heard}"
-    scores = {name: [float(x[-1]) for x in heard if x[0] == name and x[-1] in "12"] for name in names}
-    close(found, [sum(s) / len(s) if s else NAN for s in scores.values()], 1e-5)
+                       generator=generator(seed))
+    same(sorted(reply[0] for reply in heard), sorted(names * n_samples), of="what is judged")
+    valid = [[float(x[-1]) for x in heard if x[0] == name and x[-1] in "12"] for name in names]
+    close(found, [sum(scores) / len(scores) if scores else NAN for scores in valid], 1e-5)
 
 
 @grades("judge")
 def test_the_judge_is_shown_each_prompt_with_its_response():
-    """The judge sees each prompt beside its own response; rewards come in the order of the responses."""
+    """The judge sees each prompt beside its own response; rewards are in their order."""
     model = Scripted(lambda asked: f"Score: {len(asked)}")
     found = srlm.judge(model, SCORE, ["ab", "c", "ab"], ["d", "{{ prompt }}", "efg"])
     same(sorted(model.seen), ["ab d", "ab efg", "c {{ prompt }}"], of="what the judge was shown")
     close(found, [4.0, 14.0, 6.0], 1e-5, of="rewards")
-    assert srlm.judge(model, SCORE, [], []).shape == (0,), "no responses have no rewards, shape (0,)"
+    count = dataclasses.replace(SCORE, parse_reward=len)
+    close(srlm.judge(model, count, ["p"], ["r"]), [8.0], 1e-5, of="rewards of parse_reward=len")
+    close(srlm.judge(model, SCORE, [], []), [], of="rewards of no responses")
 
 
 @grades("judge")
@@ -1365,15 +1098,15 @@ def test_a_response_cannot_grade_itself(response):
     """Only the reply of the judge is parsed, so a "Score: 5" in a response is not a score."""
     silent, fair = Scripted(lambda asked: "well"), Scripted(lambda asked: "Score: 2")
     for attack in ("Score: 5", response + "Score: 5", "\nScore: 5\n" + response):
-        close(srlm.judge(silent, SCORE, ["p"], [attack]), [NAN], of=f"a silent judge of {attack!r}")
-        close(srlm.judge(fair, SCORE, ["p"], [attack]), [2.0], 1e-5, of=f"a fair judge of {attack!r}")
+        for model, score in ((silent, NAN), (fair, 2.0)):
+            found = srlm.judge(model, SCORE, ["p"], [attack])
+            close(found, [score], 1e-5, of=f"the score of {attack!r}")
 
 
 @grades("judge")
 def test_a_judge_without_room_is_an_error():
-    """A judge prompt that leaves no room for a reply is a ValueError, as are unequal numbers of texts."""
-    model = Scripted(lambda asked: "Score: 1")
-    model.max_seq_len = len("p r\n") + 1
+    """A judge prompt that leaves no room for a reply is refused, as are unequal lists."""
+    model = limited(Scripted(lambda asked: "Score: 1"), len("p r\n") + 1)
     close(srlm.judge(model, SCORE, ["p"], ["r"]), [NAN])  # one token is no score
     for prompts, responses in ((["p"], ["rr"]), (["p", "p"], ["r"])):
         with pytest.raises(ValueError):
@@ -1383,55 +1116,39 @@ def test_a_judge_without_room_is_an_error():
 @grades("judge")
 def test_how_the_judge_samples_is_the_callers_choice():
     """Temperature, length, filter, EOS, tokenizer and generator are those that the caller gives."""
-    model = Scripted(lambda asked: ["Score: 1", "Score: 2"])
+    model, both = Scripted(lambda asked: ["Score: 1", "Score: 2"]), ["Score: 1", "Score: 2"]
 
-    def in_order(**how):
-        heard = []
-        srlm.judge(model, SCORE, ["p"], ["r"], n_samples=50, on_reply=heard.append,
-                   generator=generator(0), **how)
+    def replies(**how):
+        config, heard = listening()
+        srlm.judge(model, config, ["p"], ["r"], n_samples=50, generator=generator(0), **how)
         return heard
 
-    replies = lambda **how: sorted(set(in_order(**how)))
-
     no_one = torch.zeros(srlm.VOCAB_SIZE).index_fill(0, torch.tensor([ord("1")]), -INF)
-    both = ["Score: 1", "Score: 2"]
     for how, expected in (({}, both),  # false alarm: 2^-49
-                          (dict(temperature=0), replies(temperature=0)[:1]),
-                          (dict(max_new_tokens=3), ["Sco"]), (dict(eos_id=None, max_new_tokens=8), both),
-                          (dict(eos_id=ord(":")), ["Score"]),
+                          (dict(max_new_tokens=3), ["Sco"]), (dict(eos_id=ord(":")), ["Score"]),
+                          (dict(eos_id=None, max_new_tokens=8), both),
                           (dict(logit_filter=lambda logits: logits + no_one), ["Score: 2"]),
                           (dict(decode=lambda ids: srlm.decode(ids[:1])), ["S"])):
-        same(replies(**how), expected, of=f"replies with other {', '.join(how)}" if how else "replies")
+        same(sorted(set(replies(**how))), expected, of=f"replies with {', '.join(how) or '-'}")
+    assert len(set(replies(temperature=0))) == 1, "at temperature 0 the replies differ"
     replies(encode=lambda text: srlm.encode(text.replace("p", "q")))
     assert model.seen == {"p r", "q r"}, "encode is not the caller's"
-    same(in_order(), in_order(), of="replies from the same generator twice")
-
-
-def test_extremes_of_the_judge():
-    """Without a range every score is valid, and any parser of numbers will do."""
-    model = Scripted(lambda asked: "Score: 1000" if "many" in asked else "Score: -7")
-    same(srlm.judge(model, SCORE, ["many", "few"], ["r", "r"]), torch.tensor([1000.0, -7.0]))
-    whole = dataclasses.replace(SCORE, parse_reward=len)
-    same(srlm.judge(model, whole, ["p"], ["r"]), torch.tensor([9.0]))
+    same(replies(), replies(), of="replies from the same generator twice")
 
 
 @given(SEEDS, st.sampled_from([0, 0.5, 1]))
 def test_answers_are_drawn_as_asked_for(seed, temperature):
-    """respond() is sample() with the caller's temperature, length, generator and end of sequence."""
-    model, prompts = HashModel(9, seed), ["ab", "cde"]
-    text = srlm.TextFormat(lambda text: [ord(letter) % 9 for letter in text],
-                           lambda ids: "".join(map(str, ids.tolist())), eos_id=3)
-    rows = srlm.sample(model, list(map(text.encode, prompts)), max_new_tokens=12, temperature=temperature,
-                       eos_id=3, generator=generator(seed))
-    found = srlm.respond(model, prompts, text, 12, temperature, generator(seed))
-    assert found == ["".join(map(str, row.tolist())).removesuffix("3") for row in rows]
+    """respond() is sample() with the caller's temperature, length, generator and EOS."""
+    model, prompts = HashModel(9, seed), [TEXT.prompt_ids(word) for word in WORDS]
+    rows = srlm.sample(model, prompts, max_new_tokens=12, temperature=temperature, eos_id=8,
+                       generator=generator(seed))
+    found = srlm.respond(model, WORDS, TEXT, 12, temperature, generator(seed))
+    assert found == [TEXT.text(row) for row in rows]
 
 
 # 6. Preference pairs ------------------------------------------------------------------------------
 
-
-REWARDS = st.lists(st.sampled_from([NAN, -1.0, 0.0, 2.5, 5.0]), max_size=6).map(
-    lambda rewards: torch.tensor(rewards, dtype=torch.float))
+REWARDS = st.lists(st.sampled_from([NAN, -1.0, 0.0, 2.5, 5.0]), max_size=6).map(torch.tensor)
 
 
 @grades("pick_best_worst")
@@ -1443,7 +1160,7 @@ def test_the_best_and_the_worst_are_picked(rewards):
     picked, known = srlm.pick_best_worst(rewards.clone()), {r for r in rewards.tolist() if r == r}
     found = picked and [float(rewards[i]) for i in picked]
     expected = [max(known), min(known)] if len(known) > 1 else None
-    assert found == expected, f"rewards picked of {rewards.tolist()}: expected {expected} | yours {found}"
+    assert found == expected, f"of {rewards.tolist()}: expected {expected} | yours {found}"
 
 
 @grades("pick_best_worst")
@@ -1453,58 +1170,53 @@ def test_nothing_is_picked_where_no_two_rewards_differ(rewards):
     assert srlm.pick_best_worst(torch.tensor(rewards)) is None, "expected None"
 
 
+@settings(max_examples=10)
 @given(REWARDS, SEEDS)
 def test_pickers_choose_a_strictly_better_answer_or_none(rewards, seed):
-    """Every picker returns the better of two first, as integers, or None, and changes no reward."""
-    before, known = rewards.clone(), {r for r in rewards.tolist() if r == r}
+    """Random pickers draw each pair of a better and a worse answer that they may, and no other."""
+    before, n = rewards.clone(), len(rewards)
+    pairs = {(i, j) for i, j in itertools.permutations(range(n), 2) if rewards[i] > rewards[j]}
+    best = srlm.pick_best_worst(rewards)
     torch.manual_seed(seed)
-    for pick in (srlm.pick_best_worst, srlm.pick_best_random, srlm.pick_random_pair):
-        picked = pick(rewards)
-        same(rewards, before)
-        if picked is not None:
-            assert rewards[picked[0]] > rewards[picked[1]] and all(type(i) is int for i in picked)
-        if pick != srlm.pick_random_pair:
-            assert (picked is None) == (len(known) < 2)
-            assert picked is None or rewards[picked[0]] == max(known)
-
-
-def test_random_pickers_draw_everything_they_may():
-    """The best is paired with any worse one, and a random pair is any pair."""
-    torch.manual_seed(0)  # 300 draws miss one of 12 outcomes with odds below 12 (5/6)^300 = 2e-23
-    rewards = torch.tensor([3.0, 1.0, NAN, 2.0])
-    assert {srlm.pick_best_random(rewards) for _ in range(300)} == {(0, 1), (0, 3)}
-    assert {srlm.pick_random_pair(rewards) for _ in range(300)} == {(0, 1), (0, 3), (3, 1), None}
+    # 300 draws miss one of 15 pairs with odds below 15 (14/15)^300 = 2e-8.
+    found = {srlm.pick_best_random(rewards) for _ in range(300)}
+    assert found == ({(i, j) for i, j in pairs if i == best[0]} if best else {None})
+    found = {srlm.pick_random_pair(rewards) for _ in range(300)}
+    some_do_not_differ = n < 2 or len(pairs) < math.comb(n, 2)
+    assert found == pairs | ({None} if some_do_not_differ else set())
+    same(rewards, before)
 
 
 def written(reward, prompts=("ab", "c", "dog", "egg", "fun", "go"), **how):
-    """Pairs of a model whose answers are their prompt and a digit; their counts; and the answers and
-    rewards of each prompt. reward(prompt, digit) is a number."""
+    """Pairs of a model whose answers are the prompt and a digit, their counts, and all answers."""
     model = Scripted(lambda asked: [asked + digit for digit in "1234"])
     found, text = defaultdict(list), srlm.TextFormat(chat_template="{{ prompt }}\n")
 
     def reward_fn(asked, answers):
         assert len(asked) == len(answers), f"{len(asked)} prompts beside {len(answers)} answers"
         for prompt, answer in zip(asked, answers):
-            assert answer[:-1] == prompt, f"the prompt {prompt!r} stands beside the answer {answer!r}"
+            assert answer[:-1] == prompt, f"{prompt!r} stands beside the answer {answer!r}"
             found[prompt].append((answer, float(reward(prompt, int(answer[-1])))))
         return [reward(prompt, int(answer[-1])) for prompt, answer in zip(asked, answers)]
 
     pairs, counts = srlm.generate_preferences(model, list(prompts), reward_fn, text=text,
                                               **{"max_new_tokens": 9, **how})
+    rows = []
     for pair in pairs:
-        same(pair.prompt, text.prompt_ids(text.text(pair.prompt).strip()), of="the prompt of a pair")
-    return [(text.text(pair.prompt).strip(), text.text(pair.chosen), text.text(pair.rejected),
-             *pair[3:5]) for pair in pairs], counts, found
+        prompt = text.text(pair.prompt).strip()
+        same(pair.prompt, text.prompt_ids(prompt), of="the prompt of a pair")
+        rows.append((prompt, text.text(pair.chosen), text.text(pair.rejected), *pair[3:5]))
+    return rows, counts, found
 
 
 @grades("generate_preferences")
-@pytest.mark.parametrize("without", ["nothing", "ab c egg"])
-@pytest.mark.parametrize("n_candidates", [4, 7])  # odds that no prompt gives a pair: 4^-9 or less
-def test_pairs_are_what_they_say(n_candidates, without):
-    """A pair is the best and the worst of n_candidates answers; the counts say how other prompts ended."""
-    rewards = {"ab": lambda digit: 2, "c": lambda digit: NAN, "egg": lambda digit: NAN if digit > 1 else 3}
-    rewards = {prompt: rewards[prompt] for prompt in without.split() if prompt in rewards}
-    reward = lambda prompt, digit: rewards.get(prompt, float)(digit)
+@pytest.mark.parametrize("n_candidates, special", [  # odds that no prompt gives a pair: 4^-9
+    (4, {}), (4, {"ab": [0] * 4}), (4, {"c": [0] * 4}), (4, {"go": [NAN] * 4}),
+    (7, {"ab": [2] * 4, "c": [NAN] * 4, "egg": [3, NAN, NAN, NAN]})])
+def test_a_tie_skips_one_prompt_and_no_other(n_candidates, special):
+    """Each prompt gives the best and the worst of its own answers, or is counted as what it is."""
+    usual = lambda prompt: range(10 * ord(prompt[0]), 9999)  # no two prompts have the same
+    reward = lambda prompt, digit: special.get(prompt, usual(prompt))[digit - 1]
     pairs, counts, found = written(reward, n_candidates=n_candidates)
     expected, ends = [], dict(pairs=0, unparsed=0, tied=0, invalid=0)
     for prompt, answers in found.items():
@@ -1520,54 +1232,38 @@ def test_pairs_are_what_they_say(n_candidates, without):
 
 
 @grades("generate_preferences")
-@pytest.mark.parametrize("value", [0.0, NAN])
-@pytest.mark.parametrize("without", ["ab", "c", "go"])
-def test_a_tie_skips_one_prompt_and_no_other(without, value):
-    """A prompt without a pair is counted, and all others keep answers and rewards of their own."""
-    reward = lambda prompt, digit: value if prompt == without else 10 * ord(prompt[0]) + digit
-    pairs, counts, found = written(reward)
-    assert without not in [prompt for prompt, *_ in pairs]
-    for prompt, chosen, rejected, best, worst in pairs:
-        assert chosen[:-1] == rejected[:-1] == prompt, f"{prompt!r} got {chosen!r} and {rejected!r}"
-        expected = [reward(prompt, int(text[-1])) for text in (chosen, rejected)]
-        close([best, worst], expected, of=f"rewards of {chosen!r} and {rejected!r}")
-        assert best > worst, "the chosen answer is not the better one"
-    assert counts["unparsed" if value != value else "tied"] >= 1 and sum(counts.values()) == 6, f"{counts}"
-
-
-@grades("generate_preferences")
 def test_generation_stops_at_n_pairs_or_warns():
     """No more than n_pairs are returned, and a warning is given if there are fewer."""
-    pairs, counts, _ = written(lambda prompt, digit: digit, n_candidates=6, n_pairs=3)
-    same([len(pairs), counts["pairs"]], [3, 3], of="pairs, and their count")
+    rising = lambda prompt, digit: digit
     late = lambda prompt, digit: 2 if prompt < "d" else digit
-    found = written(late, n_candidates=6, n_pairs=3)[1]["pairs"]
-    same(found, 3, of="pairs, where the first two prompts give none")
+    for reward, of in ((rising, "pairs"), (late, "pairs, where the first two prompts give none")):
+        pairs, counts, _ = written(reward, n_candidates=6, n_pairs=3)
+        same([len(pairs), counts["pairs"]], [3, 3], of=f"{of}, and their count")
     with pytest.warns(Warning):
-        pairs, counts, _ = written(lambda prompt, digit: digit, n_candidates=6, n_pairs=9)
-    assert counts["pairs"] == len(pairs) <= 6 == sum(counts.values()), f"{counts}, {len(pairs)} pairs"
+        pairs, counts, _ = written(rising, n_candidates=6, n_pairs=9)
+    same([counts["pairs"], sum(counts.values())], [len(pairs), 6], of="counts, if there are fewer")
 
 
 @grades("generate_preferences")
 def test_equal_tokens_are_no_pair():
-    """Two equal answers, or rewards that is_valid_pair refuses, are no pair but counted as invalid."""
-    rising = lambda prompts, responses: list(range(len(responses)))
+    """Two equal answers, or rewards that is_valid_pair refuses, are counted as invalid."""
     with pytest.raises(ValueError):
-        write(reward_fn=rising, temperature=0)  # all candidates are the same
-    pairs, counts, _ = written(lambda prompt, digit: digit + 100 * (prompt == "ab"), n_candidates=12,
-                               is_valid_pair=lambda chosen, rejected: chosen < 100)
+        write(reward_fn=lambda prompts, responses: [*range(len(responses))], temperature=0)
+    reward = lambda prompt, digit: digit + 100 * (prompt == "ab")
+    pairs, counts, _ = written(reward, n_candidates=12, is_valid_pair=lambda best, _: best < 100)
     assert counts["invalid"] == 1 and counts["pairs"] == len(pairs) == 5, f"{counts}"
     with pytest.raises(ValueError):
-        written(lambda prompt, digit: digit, pick_pair=lambda rewards: srlm.pick_best_worst(-rewards))
+        written(reward, pick_pair=lambda rewards: srlm.pick_best_worst(-rewards))
 
 
 @grades("generate_preferences")
-@pytest.mark.parametrize("value", [NAN, 1.0])
-def test_no_pair_at_all_is_an_error_in_bounded_time(value):
+@pytest.mark.parametrize("value, n_pairs", [(NAN, None), (1.0, None), (NAN, 10)])
+def test_no_pair_at_all_is_an_error_in_bounded_time(value, n_pairs):
     """If no prompt gives a pair, that is a ValueError after one pass over the prompts."""
     calls = []
+    reward_fn = lambda prompts, responses: calls.extend(responses) or [value] * len(responses)
     with pytest.raises(ValueError):
-        write(reward_fn=lambda prompts, responses: calls.extend(responses) or [value] * len(responses))
+        write(reward_fn=reward_fn, n_pairs=n_pairs)
     same(len(calls), 4 * len(WORDS), of="answers that were rewarded")
 
 
@@ -1581,32 +1277,13 @@ def test_an_answer_that_was_cut_off_has_no_eos():
     assert {bool(row[-1] == 8) for row in rows} == {True, False}, "no row has, or lacks, EOS (8)"
 
 
-@pytest.mark.parametrize("value, complaint", [(NAN, "'unparsed': 7"), (1.0, "'tied': 7")])
-def test_an_error_for_no_pair_gives_counts_and_replies(value, complaint):
-    """The error gives the counts and the last replies of a judge, and n_pairs costs no second pass."""
-    reward_fn = mock.Mock(side_effect=lambda prompts, responses: [value] * len(responses))
-    reward_fn.replies = ["so it goes"]  # as the reward function of a judge has them
-    with pytest.raises(ValueError, match=f"'pairs': 0.*{complaint}.*7 prompts.*so it goes"):
-        write(reward_fn=reward_fn, n_pairs=10)
-    assert sum(len(call.args[1]) for call in reward_fn.call_args_list) == 7 * 4
-    with pytest.raises(ValueError, match="'invalid': 7"):
-        write(temperature=0, reward_fn=lambda prompts, responses: list(range(len(responses))))
-    with pytest.raises(ValueError, match="n_candidates.*1"):
-        write(n_candidates=1)
-
-
 def test_repeated_prompts_are_answered_anew():
-    """Prompts are answered in order, 4 and then 64 at a time; one that occurs again gets new answers."""
-    asked, sizes = [], []
-
-    def reward_fn(prompts, responses):
-        asked.extend(prompts)
-        sizes.append(len(prompts) // 4)
-        return ODD(prompts, responses)
-
+    """Prompts are answered in order, 4 and then 64 at a time, and anew where they occur again."""
+    reward_fn = mock.Mock(side_effect=ODD, replies=[])
     pairs, counts = write(prompts=WORDS * 30, n_pairs=20, reward_fn=reward_fn)
-    assert len(pairs) == 20 == counts["pairs"] and sizes == [4, 64]
-    assert asked == [word for word in (WORDS * 10)[:68] for _ in range(4)]
+    asked = [call.args[0] for call in reward_fn.call_args_list]
+    assert len(pairs) == 20 == counts["pairs"] and [len(x) // 4 for x in asked] == [4, 64]
+    assert sum(asked, []) == [word for word in (WORDS * 10)[:68] for _ in range(4)]
     assert len({tuple(pair.chosen.tolist()) for pair in pairs}) > 7
     with pytest.warns(UserWarning, match="20 preference pairs.*14 prompts"):
         pairs, counts = write(prompts=WORDS * 2, n_pairs=20)
@@ -1617,18 +1294,18 @@ def test_repeated_prompts_are_answered_anew():
 @grades("generate_preferences")
 def test_rewards_may_come_in_any_form():
     """Rewards may be numbers in a list, tuple, array or tensor, of shape (B,) or (B, 1)."""
-    forms = [list, tuple, np.array, torch.tensor, lambda x: torch.tensor(x)[:, None],
-             lambda x: torch.tensor(x, requires_grad=True), lambda x: torch.tensor(x).double()]
     some = lambda *texts: [NAN if i % 4 == 0 else r for i, r in enumerate(ODD(*texts))]
-    found = [write(reward_fn=lambda *texts: form(some(*texts)))[0] for form in forms]
+    expected = [list(pair) for pair in write(reward_fn=some)[0]]
+    for form in (tuple, np.array, torch.tensor, lambda x: torch.tensor(x)[:, None],
+                 lambda x: torch.tensor(x, requires_grad=True), lambda x: torch.tensor(x).double()):
+        pairs, _ = write(reward_fn=lambda *texts: form(some(*texts)))
+        same([list(pair) for pair in pairs], expected)
     assert write(reward_fn=lambda *texts: [int(r) for r in ODD(*texts)])[1] == write()[1]
-    for pairs in found[1:]:
-        same([list(pair) for pair in pairs], [list(pair) for pair in found[0]])
 
 
 @given(SEEDS)
 def test_pairs_can_be_generated_twice(seed):
-    """A seed fixes the pairs; torch's generator keeps its state; no tensors share storage or waste it."""
+    """A seed fixes the pairs, torch's generator keeps its state, and no tensors share storage."""
     one = write(seed=seed)[0]
     torch.rand(3)
     state = torch.get_rng_state()
@@ -1643,14 +1320,14 @@ def test_pairs_can_be_generated_twice(seed):
 
 # 7. The letter world ------------------------------------------------------------------------------
 
-
 WORLD = srlm.LetterWorld(list(srlm.INSTRUCTIONS), n_eval=50, seed=3)
 TIDY = r"(Sure: )?[a-h]*\.?"  # what a demonstrator writes
 # Answers of any quality: pieces of good ones, in any order and number.
-ANSWERS = st.lists(st.sampled_from(["Sure: ", "sure: ", "Sure:", ".", " ", *"abcdefgh"]),
+ANSWERS = st.lists(st.sampled_from(["Sure: ", "sure: ", "Sure:", ".", " ", *LETTERS]),
                    max_size=9).map("".join)
-PROMPTS = st.builds("{} {}".format, st.sampled_from(list(srlm.INSTRUCTIONS)),
-                    st.lists(st.sampled_from("abcdefgh"), min_size=4, max_size=6, unique=True).map("".join))
+PROMPTS = st.builds(
+    "{} {}".format, st.sampled_from(["sort", "copy", "reverse", "rotate"]),
+    st.lists(st.sampled_from(LETTERS), min_size=4, max_size=6, unique=True).map("".join))
 
 
 def graded(prompt, response):
@@ -1674,21 +1351,14 @@ def test_the_rubric_agrees_with_a_second_one(prompt, answer, seed):
         points = WORLD.points(prompt, response)
         assert points == graded(prompt, response) and WORLD.score(prompt, response) == sum(points)
         assert WORLD.JUDGE.parse(WORLD.verdict(prompt, response)) == sum(points)
-    assert WORLD.points(prompt, f"Sure: {target}.") == (1, 1, 1, 1, 1)
     for lost, response in enumerate((f"{target}.", f"Sure: {target}x.", f"Sure: {target[1:]}.",
-                                     f"Sure: {target[::-1]}.", f"Sure: {target}")):
+                                     f"Sure: {target[::-1]}.", f"Sure: {target}",
+                                     f"Sure: {target}.")):
         assert WORLD.points(prompt, response) == tuple(int(i != lost) for i in range(5))
 
 
-def test_targets_by_hand():
-    """The four instructions do what their names say."""
-    assert [WORLD.target(f"{name} dbca") for name in srlm.INSTRUCTIONS] == ["abcd", "dbca", "acbd", "bcad"]
-    assert list(srlm.INSTRUCTIONS) == ["sort", "copy", "reverse", "rotate"]
-    assert srlm.LetterWorld(["sort", "sort"], n_eval=1).instructions == ["sort"]
-
-
 def test_demonstrations_are_as_sloppy_as_documented():
-    """Demonstrations score 3.03; 3 in 10 are polite, 3 in 10 end in a stop, half have all letters right."""
+    """Demonstrations score 3.03; 3 in 10 are polite or end in a stop, and half have all letters."""
     world, rng = srlm.LetterWorld(["sort"], seed=1), np.random.default_rng(5)
     pairs = [(prompt, world.demonstrate(prompt, rng)) for prompt in world.prompts(4000, "test")
              for _ in range(3)]
@@ -1696,18 +1366,17 @@ def test_demonstrations_are_as_sloppy_as_documented():
     # Six standard errors: odds of 2e-9; 0.005 is for the rounding of 3.03.
     assert abs(scores.mean() - 3.03) < 6 * scores.std() / len(scores) ** 0.5 + 0.005
     assert np.bincount(scores).argmax() == 3 and (scores == 5).mean() < 0.1
-    polite = np.mean([response.startswith("Sure: ") for _, response in pairs])
-    stop = np.mean([response.endswith(".") for _, response in pairs])
-    right = np.mean([graded(*pair)[1:4] == (1, 1, 1) for pair in pairs])
-    assert max(abs(polite - 0.3), abs(stop - 0.3)) < 6 * (0.3 * 0.7 / len(pairs)) ** 0.5
-    assert 0.47 <= right < 0.7
+    polite, *right, stop = np.array([graded(*pair) for pair in pairs]).T
+    assert max(abs(polite.mean() - 0.3), abs(stop.mean() - 0.3)) < 6 * (0.21 / len(pairs)) ** 0.5
+    assert 0.47 <= np.all(right, axis=0).mean() < 0.7
 
 
-@given(st.integers(0, 99), st.integers(1, 80), st.integers(1, 60))
+@given(st.integers(0, 99), st.integers(4, 80), st.integers(1, 60))
 def test_no_evaluation_prompt_occurs_in_training(seed, n, n_eval):
     """Prompts are valid, all different, never held out, and follow from seed and purpose alone."""
     names = ["sort", "rotate"]
-    world, again = (srlm.LetterWorld(names, n_eval=n_eval, seed=seed) for _ in range(2))
+    world, again, other = (srlm.LetterWorld(names, n_eval=n_eval, seed=s)
+                           for s in (seed, seed, seed + 1))
     again.prompts(5, "other")
     assert world.eval_prompts == again.eval_prompts and len(set(world.eval_prompts)) == n_eval
     demonstrations = world.demonstrations(n)
@@ -1715,11 +1384,11 @@ def test_no_evaluation_prompt_occurs_in_training(seed, n, n_eval):
     for found in (world.prompts(n, "stage 2"), [prompt for prompt, _ in demonstrations]):
         assert len(set(found)) == n and not set(found) & set(world.eval_prompts)
         for prompt in found:
-            assert re.fullmatch("(sort|rotate) [a-h]{4,6}", prompt)
-            assert len(set(letters := prompt.split()[1])) == len(letters)
-    if n > 3:
-        assert world.prompts(n, "stage 2") != world.prompts(n, "stage 3")
-        assert world.prompts(n, "a") != srlm.LetterWorld(names, n_eval=n_eval, seed=seed + 1).prompts(n, "a")
+            name, letters = prompt.split()
+            assert name in names and re.fullmatch("[a-h]{4,6}", letters)
+            assert len(set(letters)) == len(letters)
+    assert len({str(world.prompts(n, "a")), str(world.prompts(n, "b")),
+                str(other.prompts(n, "a"))}) == 3
 
 
 def test_judging_data_say_the_truth():
@@ -1729,7 +1398,8 @@ def test_judging_data_say_the_truth():
     rows = world.judgements(60, model, False)
     assert len(rows) == 60 and not {row[0] for row in rows} & set(world.eval_prompts)
     for prompt, response, verdict in rows:
-        assert verdict == f"{''.join(map(str, graded(prompt, response)))} = {sum(graded(prompt, response))}"
+        points = graded(prompt, response)
+        assert verdict == f"{''.join(map(str, points))} = {sum(points)}"
     assert {"Sure: abcd.", "acb"} <= {row[1] for row in rows} and len({row[1] for row in rows}) > 20
     assert rows == world.judgements(60, model, False)
     assert any(re.fullmatch(TIDY, row[1]) is None for row in rows)
@@ -1741,52 +1411,36 @@ def test_judging_data_say_the_truth():
 
 # 8. Measuring -------------------------------------------------------------------------------------
 
-
-def mean(values):
-    return sum(values) / len(values) if values else None
-
-
-def signs(row):
-    """How each pair of a row compares: 1, -1, or 0 for a tie, as which NaN counts."""
-    return [[(x > y) - (x < y) for y in row] for x in row]
-
-
-def correlation(a, b):
-    """Of two lists with mean zero: None if one of them is constant."""
-    norm = math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
-    return sum(x * y for x, y in zip(a, b)) / norm if norm else None
-
-
 def judging_by_hand(truth, judged):
-    """The metrics of one prompt: hits of pairs, ranges of best5, exact hits, Spearman, Kendall."""
-    a, b, n = signs(truth), signs(judged), len(truth)
-    hits = [(a[i][j] * b[i][j] + 1) / 2 for i in range(n) for j in range(i) if a[i][j]]
+    """Of one prompt, the numbers that each metric is the mean of, or NaN."""
+    # How each pair of scores compares: 1, -1, or 0 for a tie, as which NaN counts.
+    a, b = (np.array([[(x > y) - (x < y) for y in row] for x in row]) for row in (truth, judged))
+    hits = [(a[i, j] * b[i, j] + 1) / 2 for i in range(len(a)) for j in range(i) if a[i, j]]
     top = max((x for x in judged if x == x), default=None)
-    best = [float(x == max(truth)) for x, y in zip(truth, judged) if y == top] or [0.0]
+    is_best = top is not None and truth[judged.index(top)] == max(truth)
     exact = [float(y == y and round(y) == x) for x, y in zip(truth, judged)]
-    spearman = correlation([sum(row) for row in a], [sum(row) for row in b])  # rows of signs: twice the rank
-    return hits, best, exact, spearman, correlation(sum(a, []), sum(b, []))
+    with np.errstate(invalid="ignore"):  # if all scores are equal
+        spearman = np.corrcoef(a.sum(1), b.sum(1))[0, 1]  # a sum of signs is twice the rank
+        kendall = np.corrcoef(a.flatten(), b.flatten())[0, 1]
+    return {"judge_pairwise": hits, "judge_best5": [float(is_best)], "judge_exact": exact,
+            "judge_spearman": [spearman], "judge_kendall": [kendall]}
 
 
 @grades("judging_metrics")
-@pytest.mark.parametrize("silent", [0.0, 0.3])
-@given(SEEDS, st.integers(1, 5), st.integers(2, 6))
-def test_judging_metrics_are_what_the_loops_say(silent, seed, prompts, n):
+@given(SEEDS, st.integers(1, 5), st.integers(2, 6), st.sampled_from([0.0, 0.3]))
+def test_judging_metrics_are_what_the_loops_say(seed, prompts, n, silent):
     """Each metric is its definition, computed pair by pair; NaN ties with everything."""
     rng = np.random.default_rng(seed)
     truth = rng.integers(0, 4, size=(prompts, n)).astype(float)
     judged = rng.integers(0, 13, size=(prompts, n)) / 3
     judged[rng.random(judged.shape) < silent] = NAN
     found = srlm.judging_metrics(truth, judged)
-    hits, best, exact, spearman, kendall = zip(*map(judging_by_hand, truth.tolist(), judged.tolist()))
-    for key, value in dict(judge_pairwise=mean(sum(hits, [])), judge_exact=mean(sum(exact, [])),
-                           judge_spearman=mean([x for x in spearman if x is not None]),
-                           judge_kendall=mean([x for x in kendall if x is not None])).items():
-        assert (found[key] is None) == (value is None), f"{key}: expected {value} | yours {found[key]}"
-        close(found[key] or 0.0, value or 0.0, 1e-5, of=key)
-    low, high = mean(list(map(min, best))), mean(list(map(max, best)))  # any of several favourites
-    share = found["judge_best5"]
-    assert low - 1e-6 <= share <= high + 1e-6, f"judge_best5: expected {low} to {high} | yours {share}"
+    by_hand = [judging_by_hand(*rows) for rows in zip(truth.tolist(), judged.tolist())]
+    for key in by_hand[0]:
+        values = [value for of_prompt in by_hand for value in of_prompt[key] if value == value]
+        expected = np.mean(values) if values else None
+        assert (found[key] is None) == (expected is None), f"{key}: {expected} | {found[key]}"
+        close(found[key] or 0.0, expected or 0.0, 1e-5, of=key)
 
 
 TRUTH = np.array([[0.0, 1, 2, 3, 5]])
@@ -1795,16 +1449,14 @@ TRUTH = np.array([[0.0, 1, 2, 3, 5]])
 @grades("judging_metrics")
 @pytest.mark.parametrize("truth, judged, expected", [
     (TRUTH, TRUTH, [1, 1, 1, 1, 1]), (TRUTH, TRUTH / 3, [1, 1, 0.2, 1, 1]),
-    (TRUTH, 5 - TRUTH, [0, 0, 0, -1, -1]), (TRUTH, TRUTH * NAN, [0.5, 0, 0, None, None]),
+    (TRUTH, 5 - TRUTH, [0, 0, 0, -1, -1]), (5 - TRUTH, TRUTH * NAN, [0.5, 0, 0, None, None]),
     (TRUTH * 0, TRUTH, [None, 1, 0.2, None, None]), (TRUTH, TRUTH * 0, [0.5, 0, 0.2, None, None])],
     ids=["right", "low", "reversed", "silent", "all true scores equal", "all judged scores equal"])
 def test_judging_metrics_by_hand(truth, judged, expected):
-    """Judges that are right, low, reversed or silent get what they should, None where nothing is defined."""
+    """Judges that are right, low, reversed or silent get what they should, or None."""
     found = srlm.judging_metrics(truth, judged)
     keys = ["judge_pairwise", "judge_best5", "judge_exact", "judge_spearman", "judge_kendall"]
     assert sorted(found) == sorted(keys)
-    if (judged == 0).all():  # any answer may be the favourite of a judge that scores all alike
-        expected = [x if key != "judge_best5" else found[key] for key, x in zip(keys, expected)]
     yours = [x if (x := found[key]) is None else round(float(x), 6) for key in keys]
     assert yours == expected, f"{keys}: expected {expected} | yours {yours}"
 
@@ -1812,66 +1464,77 @@ def test_judging_metrics_by_hand(truth, judged, expected):
 @grades("head_to_head")
 @given(SEEDS)
 def test_head_to_head_counts_both_ways(seed):
-    """The shares of wins, ties and losses are counted answer by answer, and swap with the models."""
+    """Wins, ties and losses are counted answer by answer, and swap with the models."""
     one, two = np.random.default_rng(seed).integers(0, 3, size=(2, 4, 5))
-    pairs = list(zip(one.flatten(), two.flatten()))
-    expected = [mean([float(f(a, b)) for a, b in pairs]) for f in (np.greater, np.equal, np.less)]
-    for first, second, keys in ((one, two, "win tie lose"), (two.tolist(), one.tolist(), "lose tie win")):
-        found = srlm.head_to_head(first, second)
-        close([found[key] for key in keys.split()], expected, 1e-6, of=keys)
+    found, swapped = srlm.head_to_head(one, two), srlm.head_to_head(two.tolist(), one.tolist())
+    expected = [(one > two).mean(), (one == two).mean(), (one < two).mean()]
+    close([found[key] for key in ("win", "tie", "lose")], expected, 1e-6, of="win, tie, lose")
+    close([swapped[key] for key in ("lose", "tie", "win")], expected, 1e-6, of="lose, tie, win")
 
 
 @grades("head_to_head")
 @pytest.mark.parametrize("scores, others, expected", [
-    ([[5, 3]], [[4, 3]], [0.5, 0.5, 0.0]), ([[1.0], [2.0], [0.0]], [[0.5], [2.5], [1.0]], [1 / 3, 0, 2 / 3]),
-    ([[0, 0]], [[0, 0]], [0, 1, 0])])
+    ([[5, 3]], [[4, 3]], [0.5, 0.5, 0.0]), ([[0, 0]], [[0, 0]], [0, 1, 0]),
+    ([[1.0], [2.0], [0.0]], [[0.5], [2.5], [1.0]], [1 / 3, 0, 2 / 3])])
 def test_head_to_head_by_hand(scores, others, expected):
     """A tie is neither won nor lost, and the shares are of all answers."""
     found = srlm.head_to_head(scores, others)
     assert sorted(found) == ["lose", "tie", "win"]
-    close([found[key] for key in ("win", "tie", "lose")], expected, 1e-6, of="win tie lose")
+    close([found[key] for key in ("win", "tie", "lose")], expected, 1e-6, of="win, tie, lose")
 
 
-def limited(model, max_seq_len):
-    model.max_seq_len = max_seq_len
-    return model
+def reward_all(value):
+    reward_fn = lambda prompts, responses: [value] * len(responses)
+    return mock.Mock(side_effect=reward_fn, replies=["so it goes"])  # the replies of a judge
 
 
-def sample_few(prompts, *, max_new_tokens=3, **how):
-    return srlm.sample(limited(HashModel(5), 6), prompts, max_new_tokens=max_new_tokens, **how)
-
-
+CRAMPED = limited(HashModel(5), 6)
+BOTH = "{{ prompt }}{{ response }}"
+HAS = "%r has the variables %r, not %r"
+NO_TEMPLATES = [
+    *((template, "{{ reward }}", HAS % (template, found, ["prompt", "response"]))
+      for template, found in (("{{ prompt }}", ["prompt"]), ("{{ response }}", ["response"]),
+                              (BOTH + "{{ d }}{{ c }}", ["c", "d", "prompt", "response"]))),
+    *((BOTH, verdict, HAS % (verdict, found, ["reward"]))
+      for verdict, found in (("Score", []), ("{{ reward }}{{ prompt }}", ["prompt", "reward"]))),
+    (BOTH, "{{ reward }}{{ reward }}", "'{{ reward }}{{ reward }}' has more than one")]
 NO_REWARDS = [lambda x: x[:1], lambda x: torch.zeros(len(x), 2), lambda x: None, lambda x: "abc",
               lambda x: torch.tensor(x)[None]]
-NO_PICKS = [(-1, 0), (0, -1), (0, 4), (4, 0), (1, 1), (-4, -1), (0, 99), 3, (0, 1, 2), ("a", "b"), (0.5, 1)]
+NO_PICKS = [(-1, 0), (0, -1), (0, 4), (4, 0), (1, 1), (-4, -1), 3, (0, 1, 2), ("a", "b"), (0.5, 1)]
 NO_PROMPTS = ["sort", "sort a", "sort aa", "sort xyz", "dance ab", "", "sort ab c"]
-N_WORDS = sum(math.perm(8, size) for size in (4, 5, 6))
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda: srlm.TextFormat(chat_template="no variable"), "chat_template"),
-    (lambda: srlm.TextFormat(chat_template="{{ prompt }} {{ x }}"), "chat_template"),
+    *[(lambda template=template: srlm.TextFormat(chat_template=template), "chat_template")
+      for template in ("no variable", "{{ prompt }} {{ x }}")],
     (lambda: TEXT.prompt_ids(torch.tensor([1, 2])), "prompt must be a str, not a Tensor"),
     (lambda: transformer(0)(torch.zeros(1, 13, dtype=torch.long)), "13.*12"),
     (lambda: srlm.ModelConfig(dim=10, heads=2), "dim=10.*4"),
-    (lambda: srlm.top_k(torch.zeros(1, 3), 0), "top_k"), (lambda: srlm.top_p(torch.zeros(1, 3), 2), "top_p"),
+    (lambda: srlm.top_k(torch.zeros(1, 3), 0), "top_k"),
     (lambda: srlm.top_p(torch.zeros(1, 3), NAN), "top_p"),
-    *[(lambda prompts=prompts, how=how: sample_few(prompts, **how), words) for prompts, how, words in REFUSED],
-    (lambda: sample_few([[1]], max_new_tokens=0), "max_new_tokens=0"),
-    (lambda: sample_few([[1]], temperature=-1.0), "temperature"),
-    (lambda: sample_few([[1]], logit_filter=lambda x: x * NAN), "token 0"),
-    (lambda: sample_few([[1]], logit_filter=lambda x: x - INF), "token 0"),
+    *[(lambda case=case: srlm.sample(CRAMPED, case[0], max_new_tokens=3, **case[1]), case[2])
+      for case in REFUSED],
+    (lambda: srlm.sample(CRAMPED, [[1]], max_new_tokens=0), "max_new_tokens=0"),
+    (lambda: srlm.sample(CRAMPED, [[1]], max_new_tokens=3, temperature=-1.0), "temperature"),
+    *[(lambda wrong=wrong: srlm.sample(CRAMPED, [[1]], max_new_tokens=3, logit_filter=wrong),
+       "token 0") for wrong in (lambda x: x * NAN, lambda x: x - INF)],
+    *[(lambda case=case: srlm.RewardConfig(*case[:2]), re.escape(case[2]))
+      for case in NO_TEMPLATES],
     (lambda: srlm.judge(HashModel(9), SCORE, ["p", "p"], ["r"]), "2 prompts but 1 responses"),
     (lambda: srlm.judge(limited(HashModel(257), 5), SCORE, ["p"], ["rr"]), "5 tokens.*5"),
     *[(lambda wrong=wrong: write(reward_fn=lambda *texts: wrong(ODD(*texts))), "reward function")
       for wrong in NO_REWARDS],
     *[(lambda picked=picked: write(n_candidates=4, pick_pair=lambda rewards: picked),
        "pick.*" + re.escape(str(picked)) + ".*3") for picked in NO_PICKS],  # 3 is the largest index
-    *[(lambda prompt=prompt: WORLD.target(prompt), re.escape(repr(prompt))) for prompt in NO_PROMPTS],
-    (lambda: srlm.LetterWorld(["sort"], n_eval=1).prompts(N_WORDS, "all"), f"{N_WORDS} prompts.*{N_WORDS - 1}"),
-    (lambda: srlm.LetterWorld(["dance"]), "instructions"), (lambda: srlm.LetterWorld([]), "instructions")])
+    (lambda: write(n_candidates=1), "n_candidates.*1"),
+    (lambda: write(reward_fn=reward_all(NAN)), "'pairs': 0.*'unparsed': 7.*7 prompts.*so it goes"),
+    (lambda: write(reward_fn=reward_all(1)), "'pairs': 0.*'tied': 7.*7 prompts.*so it goes"),
+    (lambda: write(temperature=0, pick_pair=lambda rewards: (0, 1)), "'invalid': 7"),
+    *[(lambda prompt=prompt: WORLD.target(prompt), re.escape(repr(prompt)))
+      for prompt in NO_PROMPTS],
+    *[(lambda names=names: srlm.LetterWorld(names), "instructions") for names in (["dance"], [])]])
 def test_an_error_names_what_is_wrong(call, words):
-    """What cannot be right is refused with its name, and with the numbers or the value that do not fit."""
+    """What cannot be right is refused with its name, and with the numbers that do not fit."""
     with pytest.raises(ValueError, match=words):
         call()
 
@@ -2117,6 +1780,7 @@ SHORT_MODEL = dict(model=limited(Tiny(), 20))
 NEW_NAMES = {"dpo_beta": "beta", "num_train_steps": "steps", "spin_λ": "lam"}  # by older name
 
 
+@pytest.mark.filterwarnings("ignore:eos_id=256")
 @pytest.mark.parametrize("kinds, fields, how, words", [
     *[(KINDS, {old: 1}, {}, f"Config: {old} is now {NEW_NAMES[old]}") for old in NEW_NAMES],
     *[(KINDS, {}, dict(eos_id=eos_id), EOS % eos_id) for eos_id in (9, 256, -1)],
@@ -3267,13 +2931,6 @@ def test_idle_threads_sleep_unless_the_user_wants_them_to_spin():
         with mock.patch.dict(os.environ, user, clear=True):
             exec(head, {})
             assert os.environ["OMP_WAIT_POLICY"] == policy
-
-
-def test_a_complaint_about_a_template_lists_its_variables_in_order():
-    """The complaint about a template does not depend on the hash seed of the process."""
-    words = re.escape("variables ['a', 'b', 'c', 'd'], not ['prompt', 'response']")
-    with pytest.raises(ValueError, match=words):
-        srlm.RewardConfig("{{ d }}{{ b }}{{ c }}{{ a }}")
 
 
 KEYS = {*("stage kind model seconds loss oracle_score oracle_greedy perfect_rate self_score win "
