@@ -3265,7 +3265,6 @@ def run_tests(report, profile, path, names, *options):
     """Run tests of a file in this process; all of its tests if no names are given."""
     os.environ["SRLM_PROFILE"] = profile  # the same examples for everyone
     settings.load_profile(profile)
-    sys.modules.pop("test_srlm", None)  # it is imported again, after the change of srlm
     tests = [f"{path}::{name}" for name in names] or [str(path)]
     pytest.main([*QUICKLY, *options, *tests], plugins=[Reporter(report)])
 
@@ -3464,7 +3463,7 @@ def units():
     source = SCRIPT.read_text(encoding="utf-8").splitlines()
     for unit in UNITS:
         above = source[: part_of(srlm, unit).__code__.co_firstlineno]
-        section = [line[2:] for line in above if re.match(r"# \d+\. ", line)][-1]
+        section = [line.strip("# -") for line in above if re.match(r"# \d+\. ", line)][-1]
         print(f"{section:<36}{unit:<22}{len(UNITS[unit]):>2} tests")
 
 
@@ -3590,8 +3589,9 @@ def run_on(report, folder, path, names=()):
     """Run tests on the srlm.py of a folder; processes that it starts find it too."""
     os.environ["PYTHONPATH"] = str(folder)
     sys.path.insert(0, str(folder))
-    sys.modules.pop("srlm", None)
-    importlib.import_module("srlm")
+    for name in ("srlm", "test_srlm"):  # to be imported anew
+        sys.modules.pop(name, None)
+    importlib.import_module("srlm")  # before pytest puts the folder of the tests first
     run_tests(report, "faults", path, names, "--assert=plain")  # no words needed, a second saved
 
 
