@@ -5,7 +5,8 @@ more probability to the answer it graded best and less to the one it graded wors
 makes its answers better than the demonstrations it learned from, as long as its grades are right
 more often than wrong.
 
-    M0   a random Transformer trained on plain texts; it stands in for a pretrained model
+    M0   stands in for a pretrained model: trained from random weights on demonstrations, prompts
+         and answers alike
     M1   M0 after supervised fine-tuning (SFT) on demonstrations and on examples of grading
     M2   M1 after DPO (section 5: a loss on pairs of answers) on pairs that M1 wrote and graded
     M3   M2 after DPO on pairs that M2 wrote and graded
@@ -124,14 +125,15 @@ class LetterTask:
     >>> task.verdict("sort dbca", "Sure: abdc.")
     '11101 = 4'
 
-    LetterWorld, in section 12, is this task together with its data: prompts, demonstrations with
-    one or two mistakes in every second one (mean true score 3), and answers with their verdicts.
+    LetterWorld, in section 12, is this task together with its data: prompts; demonstrations, most
+    of which lack "Sure: " or the full stop, and half of which have letters swapped, lost or added
+    (mean true score 3); and answers of every quality, nonsense included, with their verdicts.
     """
 
     POINTS = ("polite", "relevant", "complete", "ordered", "full stop")
     CHAT_TEMPLATE = "> {{ prompt }}\n"  # what the model sees before it answers: "> sort dbca\n"
-    JUDGE: RewardConfig  # what it sees before it grades: "? sort dbca\nabcd\n"; set in section 6
-    max_new_tokens = 16  # of an answer; a perfect one has 13 letters or signs at most, and an end
+    JUDGE: RewardConfig  # what it sees before it grades: "? sort dbca\nSure: abcd.\n"; section 6
+    max_new_tokens = 16  # of an answer: "Sure: ", up to 8 letters, ".", and a token for the end
     letters = "abcdefgh"
 
     def target(self, prompt):
@@ -292,7 +294,7 @@ class ModelConfig:
 
     def __post_init__(self):
         require(self.dim % (2 * self.heads) == 0, f"ModelConfig: dim={self.dim} is not a multiple "
-                f"of 2 * heads={2 * self.heads}: RoPE turns pairs of features")
+                f"of 2 * heads={2 * self.heads}: RoPE, below, turns pairs of features")
 
 
 class Block(nn.Module):
@@ -323,7 +325,7 @@ class Block(nn.Module):
         qkv = rearrange(qkv, "b t (n h d) -> n b h t d", n=3, h=self.heads)  # (3, B, H, T, D/H)
         # RoPE (arXiv:2104.09864): two neighbouring features are one complex number, turned by an
         # angle proportional to the position of its token. Let a query at position s have the pair a
-        # and a key at position t the pair b. Their part of the dot product of query and key is
+        # and a key at position t the pair b. Their dot product, Re( a conj(b) ), becomes
         #     Re( a e^(i s w) conj(b e^(i t w)) ) = Re( a conj(b) e^(i (s - t) w) )
         # so attention depends on the distance s - t alone. (w: a constant of the pair.)
         precise = torch.promote_types(x.dtype, torch.float32)  # bfloat16 has no complex numbers
@@ -531,7 +533,8 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 
 # 5. Log-probabilities and losses ------------------------------------------------------------------
 # A row of ids is a prompt, its response and, on the right, padding; prompt_lens says where the
-# response begins. What usually goes wrong here:
+# response begins. Padding is the run of pad_id that ends a row; a pad_id before it is an ordinary
+# token. What usually goes wrong here:
 #     the shift   the logits at position t predict token t + 1
 #     the mask    only tokens of the response count, EOS included, prompt and padding excluded
 #
@@ -539,8 +542,8 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 # obvious loss, -log p(chosen) + log p(rejected), pushes the rejected response towards probability 0
 # with a force that never fades, and the model into nonsense. DPO starts from a goal that has an
 # optimum: maximise a reward r of responses y drawn from the policy pi, but pay beta for every nat
-# by which the policy leaves the reference ref. (The values of r will not be needed: the judge only
-# says which of two responses has the higher one.)
+# by which the policy leaves the reference ref. (The values of r will not be needed, only which of
+# two responses has the higher one.)
 #
 #     max_pi  sum over y of [ pi(y|x) r(x, y) - beta pi(y|x) log( pi(y|x) / ref(y|x) ) ]
 #
@@ -556,12 +559,12 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 #     pi(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x)
 #     r(x, y) = beta log( pi(y|x) / ref(y|x) ) + beta log Z(x)       the same, solved for the reward
 #
-# Now take any policy pi, such as the one in training, and choose the reward r = beta log(pi / ref).
-# The optimum for this reward is pi itself. (Put r into the line for pi: ref cancels, and Z is 1.)
-# It is called the IMPLICIT REWARD of pi. Assume (Bradley-Terry) that y1 is preferred to y2 with
-# probability sigmoid(r(x, y1) - r(x, y2)). Any reward with the optimum pi differs from the implicit
-# one by beta log Z(x), a term of x alone, which cancels here. So the probability of the preferences
-# that we have seen depends on pi and ref alone. The loss is minus its logarithm:
+# Read the last line the other way round: any policy pi, such as the one in training, is the optimum
+# for a reward of its own, beta log(pi / ref) up to a term of x alone. This is the IMPLICIT REWARD
+# of pi. Assume (Bradley-Terry) that y1 is preferred to y2 with probability
+# sigmoid(r(x, y1) - r(x, y2)). The term of x cancels. So train pi until its implicit reward
+# explains the preferences that we have seen: their probability depends on pi and ref alone, and the
+# loss is minus its logarithm,
 #
 #     -log sigmoid( beta log( pi(y1|x) / ref(y1|x) ) - beta log( pi(y2|x) / ref(y2|x) ) )
 #
@@ -569,10 +572,8 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 
 
 def row_lengths(ids, pad_id):
-    """Tokens before the run of pad_id that ends a row: (B, T) -> (B,).
-
-    A pad_id earlier in the row is an ordinary token. (Do not pad with EOS: the EOS that ends the
-    response would count as padding.)
+    """Tokens before the padding of each row: (B, T) -> (B,). (Do not pad with EOS: the EOS that
+    ends the response would count as padding.)
 
     >>> row_lengths(torch.tensor([[0, 7, 0, 0]]), pad_id=0)
     tensor([2])
@@ -584,9 +585,8 @@ def row_lengths(ids, pad_id):
 def token_logprobs(model, ids, pad_id=PAD):
     """log p(ids[:, t+1] | ids[:, :t+1]) at index t: (B, T) -> (B, T-1), in nats.
 
-    Padding, which is the run of pad_id at the end of a row, is replaced by 0 before the model is
-    called. The result is float32 or wider whatever the dtype of the model: a sum over 200 tokens in
-    bfloat16 would be off by 2 nats.
+    Padding is replaced by 0 before the model is called. The result is float32 or wider whatever the
+    dtype of the model: a sum over 200 tokens in bfloat16 would be off by 2 nats.
 
     >>> uniform = lambda ids: torch.zeros(*ids.shape, 4)
     >>> token_logprobs(uniform, torch.tensor([[3, 1, 2]]))           # ln(1/4) each
@@ -603,8 +603,7 @@ def token_logprobs(model, ids, pad_id=PAD):
 def response_mask(ids, prompt_lens, pad_id=PAD):
     """True at index t if token t + 1 belongs to the response: (B, T), (B,) -> (B, T-1) bool.
 
-    Padding is the run of pad_id at the end of a row. The first token of a row is never predicted,
-    so prompt_len 0 means the same as 1.
+    The first token of a row is never predicted, so prompt_len 0 means the same as 1.
 
     >>> response_mask(torch.tensor([[5, 6, 7, 8, EOS, PAD]]), torch.tensor([2]))
     tensor([[False,  True,  True,  True, False]])
@@ -690,8 +689,8 @@ class RewardConfig:
     """How to ask a judge for a score, and how to read the score from its reply.
 
     prompt_template: the judge prompt, with {{ prompt }} and {{ response }}.
-    reward_regex_template: what a verdict looks like: literal text with one {{ reward }}. (Despite
-    its name it is not a regular expression.)
+    reward_regex_template: what a verdict looks like: literal text with one {{ reward }}. (It is
+    not a regular expression, whatever its name says; parse() reads it leniently.)
     parse_reward: a function reply -> score or None of your own, instead of that template.
     reward_range: (lowest, highest) score; a score outside counts as none.
     ValueError for a template with missing or unknown variables, or with {{ reward }} twice.
@@ -770,8 +769,7 @@ def judge(model, reward_config, prompts, responses, *, encode=encode, decode=dec
 
     Each response is judged n_samples times (3 in [1]), and the valid scores are averaged. Only the
     judge's reply is parsed, so a "Score: 5" inside a response is never taken for the score.
-    encode, decode, eos_id: the judge's. (A judge prompt has no chat template around it, so no
-    TextFormat is taken.)
+    encode, decode, eos_id: the judge's. (A judge prompt has no chat template around it.)
 
     ValueError: unequal numbers of prompts and responses, or a judge prompt that leaves the model no
     room to reply.
@@ -781,7 +779,7 @@ def judge(model, reward_config, prompts, responses, *, encode=encode, decode=dec
     """
     require(len(prompts) == len(responses),
             f"judge: {len(prompts)} prompts but {len(responses)} responses")
-    text = TextFormat(encode, decode, eos_id=eos_id)  # the judge prompt is sent as it is
+    text = TextFormat(encode, decode, eos_id=eos_id)
     asked = [text.ids(reward_config.render(*pair)) for pair in zip(prompts, responses)]
     rows = [ids for ids in asked for _ in range(n_samples)]  # row b * n_samples + i
     replies = sample(model, rows, max_new_tokens=max_new_tokens, temperature=temperature,
@@ -830,7 +828,7 @@ def pick_best_worst(rewards):
 def make_pair(prompt, candidates, rewards, pick_pair=pick_best_worst, is_valid_pair=None):
     """(outcome, pair) of the N candidates of a prompt. The outcome is "pairs", or where the pair is
     None the reason: "unparsed" if fewer than two candidates have a reward, "tied" if the picker
-    found no two, "invalid" if the two are equal, or if is_valid_pair refuses their rewards.
+    found no two, "invalid" if both texts are equal, or if is_valid_pair refuses the rewards.
 
     >>> make_pair(torch.tensor([7]), torch.tensor([[8], [9]]), torch.tensor([1.0, 1.0]))
     ('tied', None)
@@ -888,7 +886,7 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
 
     # The first chunk is small, so that a judge that gives no score at all is noticed early.
     chunks = [prompts[:4], *(prompts[at : at + 64] for at in range(4, len(prompts), 64))]
-    # parallel_map is map(), except that several processes would share the chunks.
+    # parallel_map is the lazy map(), except that several processes would share the chunks.
     found = parallel_map(write_reward_and_pick, list(enumerate(chunks)), "writing, judging")
     source = f"{len(prompts)} prompts with {n_candidates} candidates each"
     return counted_pairs(found, n_pairs, source, reward_fn)  # stops at n_pairs
@@ -899,8 +897,8 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
 # minimises a weighted sum of objectives, each with its own examples:
 #     SFT         -log p of response tokens, for demonstrations
 #     preference  dpo_loss or spin_loss of pairs, optionally plus -log p of the chosen response
-# An objective returns a SUM of losses and a COUNT, not a mean. The loop divides. A mean of means
-# would weight tokens unequally if batches differ in size, as those of several processes do.
+# An objective returns a SUM of losses and a COUNT, not a mean. The loop divides, by the count of
+# all processes together: a mean of their means would weight tokens unequally.
 
 
 class Objective(NamedTuple):
@@ -1053,7 +1051,7 @@ class StageConfig:
     replay_weight: float = 1.0  # weight of their sft_loss
 
     def __new__(cls, **fields):
-        refuse_old_names(cls, fields)  # of an older package, self-rewarding-lm-pytorch
+        refuse_old_names(cls, fields)  # for users of an older package; skip this
         return super().__new__(cls)
 
     def __post_init__(self):
@@ -1170,9 +1168,9 @@ class SFTConfig(StageConfig):
 class SelfPlayConfig(StageConfig):
     """SPIN [3]: prefer each demonstration to what the model answers when the stage begins.
 
-    A demonstration is preferred even where the model's own answer is better, so the model can
-    become as good as the demonstrations and no better: with lam=1, the exact optimum of a round is
-    the distribution of the demonstrations (Theorem 5.4 of [3]).
+    A demonstration is preferred even where the model's own answer is better. So this leads to the
+    demonstrations and not beyond: once the model writes as they do, chosen and rejected answers are
+    alike, and nothing is left to learn (Theorem 5.2 of [3]).
     """
 
     kind: ClassVar[str] = "spin"
@@ -1386,10 +1384,10 @@ def measure(model, world, text, graded_answers, previous_scores):
     oracle_score, oracle_greedy: mean true score of drawn and of most likely answers; perfect_rate:
     share of drawn answers with 5; self_score: mean score that the model gives the drawn answers.
 
-    graded_answers: what world.graded_answers returned; None if the model cannot judge yet.
-    previous_scores: the `scores` (P, 5) of the model before, or None. The caller seeds torch's
-    global generator. With your own data (section 11) nobody knows a true score: world.score is
-    None, and graded_answers holds what people have graded, one answer to a prompt, or nothing.
+    world: see section 11. graded_answers: a list of (prompt, answer, true score), or None if the
+    model cannot judge yet. previous_scores: the `scores` (P, 5) of the model before, or None. The
+    caller seeds torch's global generator. With your own data nobody knows a true score: world.score
+    is None, and graded_answers holds what people have graded, one answer to a prompt, or nothing.
 
     >>> world, model = LetterWorld(n_eval=1), Transformer(ModelConfig(dim=8, depth=1))
     >>> sorted(measure(model, world, TextFormat(), graded_answers=None, previous_scores=None))
@@ -1423,19 +1421,18 @@ def measure(model, world, text, graded_answers, previous_scores):
 #
 #     CHAT_TEMPLATE, JUDGE, max_new_tokens     formats; a verdict has at most MAX_VERDICT_TOKENS
 #     demonstrations(n)            -> [(prompt, answer)]       to learn to answer
-#     judgements(n, model, tidy)   -> [(prompt, answer, verdict)]      to learn to judge
+#     judgements(n, model, tidy)   -> [(prompt, answer, verdict)]      to learn to judge; M0 writes
+#                                                              some answers; tidy: see Recipe
 #     prompts(n, purpose)          -> [prompt]                 for the later stages
 #     eval_prompts                    [prompt]                 held out of all the data above
 #     graded_answers(model)        -> [(prompt, answer, true score)]   five answers a prompt (or
 #                                                              one, where score is None)
 #     score(prompt, answer)        -> true score, 0 to 5; score = None if nobody knows it
 #
-# Two terms of the loss are not in [1], and each has a failure behind it.
-#     REPLAY            A stage that trains on answers alone changes the weights that judge. Within
-#                       a few rounds a small model forgets how to judge, and so loses its reward.
-#                       So later stages rehearse the judging data of M1, whose verdicts a program
-#                       wrote. That program grades nothing later; the model alone does.
-#     LIKELIHOOD TERM   After [5]; section 8 has the reason.
+# Two terms of the loss are not in [1]. Section 8 has the reason for the likelihood term. That for
+# REPLAY: a stage that trains on answers alone changes the weights that judge. Within a few rounds a
+# small model forgets how to judge, and so loses its reward. So later stages rehearse the judging
+# data of M1, whose verdicts a program wrote. That program grades nothing later; the model does.
 #
 # train() in section 18 puts this together, with files and a table:
 #     stages = recipe_stages(recipe, world, demonstrations, make_judgements)
@@ -1491,12 +1488,10 @@ def recipe_stages(recipe, world, demonstrations, make_judgements):
     text = TextFormat(chat_template=world.CHAT_TEMPLATE)
     items = [text.item(prompt, answer) for prompt, answer in demonstrations]
 
-    # Two data sets that are made when their stage begins: functions of the model (section 9), whose
-    # argument they do not need.
+    # Two data sets that are made when their stage begins (functions of a model that they ignore).
 
     def judging_items(model):
-        """To learn to judge: prompt and response of an item are a judge prompt and its verdict. A
-        judge prompt is complete, so TextFormat() puts no chat template around it."""
+        """To learn to judge: prompt and response of an item are a judge prompt and its verdict."""
         return [TextFormat().item(world.JUDGE.render(prompt, answer), verdict)
                 for prompt, answer, verdict in make_judgements()]
 
@@ -1846,8 +1841,8 @@ class JudgeReward:
         """The scores of the responses, (B,). ValueError if the first call finds none."""
         is_first = len(self.replies) == 0
         scores = self.judge(prompts, responses)
-        require(not (is_first and scores.isnan().all()), "no preference pair: all of the first "
-                f"{len(responses)} answers are without a score, unparsed{quoted_replies(self)}")
+        require(not (is_first and scores.isnan().all()), "no preference pair: the judge gave no "
+                f"score to any of the first {len(responses)} answers{quoted_replies(self)}")
         return scores
 
 

@@ -1804,7 +1804,7 @@ def test_a_judge_that_never_scores_is_quoted_and_named():
     """If the first replies hold no score, the stage ends with an error that quotes replies."""
     found = refusal(lambda: [stage("self-reward", prompt_dataset=WORDS * 1000)],
                     self_reward_prompt_config=SCORE)
-    assert re.search(r"stage 0 \(self-reward\): .*16.*unparsed.*\[('[a-h]*',? ?){3}\]", found)
+    assert re.search(r"stage 0 \(self-reward\): .*no score to any .*16.*\[('[a-h]*',? ?){3}\]", found)
 
 
 @every_kind
