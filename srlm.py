@@ -144,8 +144,9 @@ class LetterTask:
         """
         name, _, letters = prompt.partition(" ")
         is_known = name in INSTRUCTIONS and set(letters) <= set(self.letters)
-        require(is_known and len(set(letters)) == len(letters) > 1, f"{prompt!r} is not one of "
-                f"{', '.join(INSTRUCTIONS)} and two or more different letters of {self.letters}")
+        are_different = 1 < len(letters) == len(set(letters))
+        require(is_known and are_different, f"{prompt!r} is not one of {', '.join(INSTRUCTIONS)} "
+                f"and two or more different letters of {self.letters}")
         return INSTRUCTIONS[name](letters)
 
     def points(self, prompt, response):
@@ -177,7 +178,7 @@ class LetterTask:
 EOS = 256  # end of sequence: the model has finished its answer; no text contains this id
 VOCAB_SIZE = 257
 PAD = -1  # not a token: marks the empty places of a batch; replaced before any model sees them
-# Functions that take a padded tensor have pad_id=PAD, for tensors that other code has padded.
+# Functions that take a padded tensor have a parameter pad_id: other code may pad differently.
 
 
 def encode(text):
@@ -324,8 +325,8 @@ class Block(nn.Module):
         qkv = self.to_qkv(self.attention_norm(x))  # (B, T, 3D)
         qkv = rearrange(qkv, "b t (n h d) -> n b h t d", n=3, h=self.heads)  # (3, B, H, T, D/H)
         # RoPE (arXiv:2104.09864): two neighbouring features are one complex number, turned by an
-        # angle proportional to the position of its token. Let a query at position s have the pair a
-        # and a key at position t the pair b. Their dot product, Re( a conj(b) ), becomes
+        # angle proportional to the position of its token. Take a pair a of a query at position s
+        # and the pair b of a key at position t. Their dot product, Re( a conj(b) ), becomes
         #     Re( a e^(i s w) conj(b e^(i t w)) ) = Re( a conj(b) e^(i (s - t) w) )
         # so attention depends on the distance s - t alone. (w: a constant of the pair.)
         precise = torch.promote_types(x.dtype, torch.float32)  # bfloat16 has no complex numbers
@@ -484,7 +485,7 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
     if not rows:
         return []
     device = device_of(model)  # where its weights are, such as "cpu" or "cuda"
-    noise = torch.rand(len(rows), max_new_tokens, generator=generator).to(device)  # one a draw
+    noise = torch.rand(len(rows), max_new_tokens, generator=generator).to(device)  # 1 per draw
     lengths = torch.tensor([len(row) for row in rows], device=device)
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
     ids = F.pad(ids, (0, max_new_tokens), value=PAD).to(device)  # (B, T + new)
@@ -553,18 +554,18 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 #
 #     r(x, y) - beta (log( pi(y|x) / ref(y|x) ) + 1) - m(x) = 0
 #
-# (The derivative of pi log(pi / ref) by pi is log(pi / ref) + 1.) Solve for pi. What does not
-# depend on y goes into one factor, Z(x) = exp(1 + m(x) / beta):
+# (By pi, pi log(pi / ref) has the derivative log(pi / ref) + 1.) Solve for log(pi / ref), which is
+# r / beta - (1 + m(x) / beta). With Z(x) = exp(1 + m(x) / beta), which does not depend on y:
 #
 #     pi(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x)
 #     r(x, y) = beta log( pi(y|x) / ref(y|x) ) + beta log Z(x)       the same, solved for the reward
 #
-# Read the last line the other way round: any policy pi, such as the one in training, is the optimum
-# for a reward of its own, beta log(pi / ref) up to a term of x alone. This is the IMPLICIT REWARD
-# of pi. Assume (Bradley-Terry) that y1 is preferred to y2 with probability
-# sigmoid(r(x, y1) - r(x, y2)). The term of x cancels. So train pi until its implicit reward
-# explains the preferences that we have seen: their probability depends on pi and ref alone, and the
-# loss is minus its logarithm,
+# The last line holds for any policy pi, also for the one in training: pi is the optimum for the
+# reward beta log(pi / ref) + a term of x alone, its IMPLICIT REWARD. Assume (Bradley-Terry) that y1
+# is preferred to y2 with probability sigmoid(r(x, y1) - r(x, y2)); the term of x cancels. So fit
+# this reward to the preferences that we have seen, by changing pi. The pi that fits best is at once
+# the optimum of the goal for the reward that was found, and no other r is needed. The loss is minus
+# the logarithm of the probability of the preferences,
 #
 #     -log sigmoid( beta log( pi(y1|x) / ref(y1|x) ) - beta log( pi(y2|x) / ref(y2|x) ) )
 #
@@ -734,7 +735,7 @@ class RewardConfig:
         return score if low <= score <= high else None
 
 
-# For a real chat model: wrap it in the chat format of your model first. The judge of [1], which was
+# For a real chat model: put this prompt into your model's chat format. The judge of [1], which was
 # asked to add up points as here, ordered 65 % of the pairs of answers as people do.
 DEFAULT_REWARD_CONFIG = RewardConfig(
     prompt_template="""
@@ -768,7 +769,7 @@ def judge(model, reward_config, prompts, responses, *, encode=encode, decode=dec
     """The model's score of each response: (B,) floats, NaN where it gave none.
 
     Each response is judged n_samples times (3 in [1]), and the valid scores are averaged. Only the
-    judge's reply is parsed, so a "Score: 5" inside a response is never taken for the score.
+    reply is parsed, so a "Score: 5" inside a response is never taken for the score.
     encode, decode, eos_id: the judge's. (A judge prompt has no chat template around it.)
 
     ValueError: unequal numbers of prompts and responses, or a judge prompt that leaves the model no
@@ -850,8 +851,8 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
                          **sampling):
     """Write N candidates for each prompt, reward them, and pick one pair of each prompt.
 
-    reward_fn gets all N candidates of a prompt at once, those of several prompts in a call. It
-    returns P * N numbers in any form, NaN where it has no opinion.
+    One call of reward_fn gets all N candidates of each of P prompts. It returns P * N numbers in
+    any form, NaN where it has no opinion.
     n_pairs: stop when there are so many. There is never more than one pass over the prompts.
     is_valid_pair(chosen_reward, rejected_reward): see make_pair.
     sampling: max_new_tokens, temperature, logit_filter of sample(). All draws follow from the seed.
@@ -897,8 +898,8 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
 # minimises a weighted sum of objectives, each with its own examples:
 #     SFT         -log p of response tokens, for demonstrations
 #     preference  dpo_loss or spin_loss of pairs, optionally plus -log p of the chosen response
-# An objective returns a SUM of losses and a COUNT, not a mean. The loop divides, by the count of
-# all processes together: a mean of their means would weight tokens unequally.
+# An objective returns a SUM of losses and a COUNT; the loop divides. (Where several processes share
+# a batch, by their total count: a mean of means would weight tokens unequally.)
 
 
 class Objective(NamedTuple):
@@ -980,8 +981,8 @@ def preference_objective(pairs, loss_fn, nll_weight=0.0):
 
 
 def with_reference_logprobs(model, pairs):
-    """Freeze the reference: the pairs, in another order (fit shuffles them anyway), with ref_chosen
-    and ref_rejected under the model as it is now.
+    """Freeze the reference: the pairs, sorted by length (fit shuffles them), with ref_chosen and
+    ref_rejected under the model as it is now.
 
     DPO needs nothing else of its reference, so no second model is kept. Pairs go through the model
     in pieces of about 4,096 tokens, because the logits of a piece take V numbers a token.
@@ -1041,14 +1042,14 @@ class StageConfig:
     warmup: float = 0.05  # share of the updates in which the learning rate climbs to its peak
     weight_decay: float = 0.0  # of AdamW
     max_grad_norm: float = 1.0  # gradient clipping: longer gradients are scaled to this length
+    checkpoint_every: int | None = None  # updates between checkpoints; None: only one, at the end
+    replay_dataset: Any = None  # items (ids, prompt_len) to rehearse, against forgetting
+    replay_weight: float = 1.0  # weight of their sft_loss
     # Early stopping, which the recipe does not use:
     eval_fn: Callable[[nn.Module], Any] | None = None  # the weights with its best value are kept
     eval_every: int = 50  # updates between evaluations; 200 in [1]
     eval_mode: str = "max"  # is the best value the largest ("max") or the smallest ("min")?
     patience: int | None = None  # evaluations without a new best that end the stage; None: never
-    checkpoint_every: int | None = None  # updates between checkpoints; None: only one, at the end
-    replay_dataset: Any = None  # items (ids, prompt_len) to rehearse, against forgetting
-    replay_weight: float = 1.0  # weight of their sft_loss
 
     def __new__(cls, **fields):
         refuse_old_names(cls, fields)  # for users of an older package; skip this
@@ -1274,7 +1275,7 @@ class SelfRewardDPOConfig(RewardStageConfig):
     kind: ClassVar[str] = "self-reward"
     rewarding_model: nn.Module | None = None  # None: the model itself; another model: as in [4]
     reward_config: RewardConfig | str | None = None  # or a name in context.judges; None: the first
-    n_judge_samples: int = 3  # judgements of an answer, which are averaged; 3 in [1]
+    n_judge_samples: int = 3  # judgements of an answer
     max_judge_tokens: int = 160  # of a reply; the default judge explains before it gives the score
     judge_temperature: float = 0.7
     judge_logit_filter: Callable[[Tensor], Tensor] | None = None
@@ -1337,7 +1338,7 @@ def judging_metrics(truth, judged):
                      judged score, is one of the truly best ([1] has N = 5 answers)
     judge_exact      share of the answers whose judged score, rounded, is the true score
     judge_spearman   correlation of the ranks of true and judged scores, mean over the prompts
-    judge_kendall    the same for the signs of all differences (Kendall's tau-b)
+    judge_kendall    Kendall's tau-b: pairs in order less pairs not in order, as a share
 
     A judged NaN ties with everything in pairs and ranks, and counts as a miss otherwise. A mean is
     taken over the prompts for which the number is defined; None if there is no such prompt.
@@ -1423,13 +1424,13 @@ def measure(model, world, text, graded_answers, previous_scores):
 #     demonstrations(n)            -> [(prompt, answer)]       to learn to answer
 #     judgements(n, model, tidy)   -> [(prompt, answer, verdict)]      to learn to judge; M0 writes
 #                                                              some answers; tidy: see Recipe
-#     prompts(n, purpose)          -> [prompt]                 for the later stages
+#     prompts(n, purpose)          -> [prompt]                 for a later stage, named by purpose
 #     eval_prompts                    [prompt]                 held out of all the data above
 #     graded_answers(model)        -> [(prompt, answer, true score)]   five answers a prompt (or
 #                                                              one, where score is None)
 #     score(prompt, answer)        -> true score, 0 to 5; score = None if nobody knows it
 #
-# Two terms of the loss are not in [1]. Section 8 has the reason for the likelihood term. That for
+# Two terms of the loss are not in [1]. Section 8 has the reason for the likelihood term. Why
 # REPLAY: a stage that trains on answers alone changes the weights that judge. Within a few rounds a
 # small model forgets how to judge, and so loses its reward. So later stages rehearse the judging
 # data of M1, whose verdicts a program wrote. That program grades nothing later; the model does.
@@ -1471,7 +1472,7 @@ class Recipe:
     judgements: int = setting(12000, 1500, "number of judgements; 1,630 in [1], for 70B")
     stage_prompts: int = setting(1000, 96, "prompts for a later stage; about 950 give a pair")
     eval_prompts: int = setting(200, 40, "held-out prompts, with five answers to each")
-    tidy: bool = setting(False, None, "judging data without nonsense: a judge that can be fooled")
+    tidy: bool = setting(False, None, "no nonsense in the judging data, so the judge can be fooled")
 
 
 def recipe_stages(recipe, world, demonstrations, make_judgements):
@@ -1488,7 +1489,8 @@ def recipe_stages(recipe, world, demonstrations, make_judgements):
     text = TextFormat(chat_template=world.CHAT_TEMPLATE)
     items = [text.item(prompt, answer) for prompt, answer in demonstrations]
 
-    # Two data sets that are made when their stage begins (functions of a model that they ignore).
+    # Two data sets that are made when a stage begins. They ignore its model: M2 and M3 rehearse the
+    # judging data of M1.
 
     def judging_items(model):
         """To learn to judge: prompt and response of an item are a judge prompt and its verdict."""
