@@ -295,7 +295,7 @@ class ModelConfig:
 
     def __post_init__(self):
         require(self.dim % (2 * self.heads) == 0, f"ModelConfig: dim={self.dim} is not a multiple "
-                f"of 2 * heads={2 * self.heads}: RoPE, below, turns pairs of features")
+                f"of 2 * heads={2 * self.heads}, because RoPE turns pairs of features")
 
 
 class Block(nn.Module):
@@ -341,7 +341,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A small decoder that fulfils the contract. `generator` draws its initial weights.
 
-    Same architecture as GPT-NeoX (without biases). ValueError if a row is longer than max_seq_len.
+    GPT-NeoX with a sequential residual, full RoPE and no biases. ValueError if a row is longer than
+    max_seq_len.
 
     >>> model = Transformer(ModelConfig(dim=8, depth=1))
     >>> model(torch.tensor([encode("sort")])).shape                        # (B, T) -> (B, T, V)
@@ -554,7 +555,7 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 #
 #     r(x, y) - beta (log( pi(y|x) / ref(y|x) ) + 1) - m(x) = 0
 #
-# (By pi, pi log(pi / ref) has the derivative log(pi / ref) + 1.) Solve for log(pi / ref), which is
+# (d/dpi of pi log(pi / ref) is log(pi / ref) + 1.) Solve for log(pi / ref), which is
 # r / beta - (1 + m(x) / beta). With Z(x) = exp(1 + m(x) / beta), which does not depend on y:
 #
 #     pi(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x)
@@ -829,7 +830,7 @@ def pick_best_worst(rewards):
 def make_pair(prompt, candidates, rewards, pick_pair=pick_best_worst, is_valid_pair=None):
     """(outcome, pair) of the N candidates of a prompt. The outcome is "pairs", or where the pair is
     None the reason: "unparsed" if fewer than two candidates have a reward, "tied" if the picker
-    found no two, "invalid" if both texts are equal, or if is_valid_pair refuses the rewards.
+    found no two, "invalid" if both have the same tokens, or if is_valid_pair refuses them.
 
     >>> make_pair(torch.tensor([7]), torch.tensor([[8], [9]]), torch.tensor([1.0, 1.0]))
     ('tied', None)
@@ -852,7 +853,7 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
     """Write N candidates for each prompt, reward them, and pick one pair of each prompt.
 
     One call of reward_fn gets all N candidates of each of P prompts. It returns P * N numbers in
-    any form, NaN where it has no opinion.
+    a list, array or tensor, NaN where it has no opinion.
     n_pairs: stop when there are so many. There is never more than one pass over the prompts.
     is_valid_pair(chosen_reward, rejected_reward): see make_pair.
     sampling: max_new_tokens, temperature, logit_filter of sample(). All draws follow from the seed.
@@ -1169,9 +1170,9 @@ class SFTConfig(StageConfig):
 class SelfPlayConfig(StageConfig):
     """SPIN [3]: prefer each demonstration to what the model answers when the stage begins.
 
-    A demonstration is preferred even where the model's own answer is better. So this leads to the
-    demonstrations and not beyond: once the model writes as they do, chosen and rejected answers are
-    alike, and nothing is left to learn (Theorem 5.2 of [3]).
+    A demonstration is preferred even where the model's own answer is better. So the demonstrations
+    are its fixed point: once the model writes as they do, chosen and rejected answers are alike,
+    and nothing is left to learn (Theorem 5.2 of [3]). A long round with a small lam overshoots.
     """
 
     kind: ClassVar[str] = "spin"
@@ -1338,7 +1339,7 @@ def judging_metrics(truth, judged):
                      judged score, is one of the truly best ([1] has N = 5 answers)
     judge_exact      share of the answers whose judged score, rounded, is the true score
     judge_spearman   correlation of the ranks of true and judged scores, mean over the prompts
-    judge_kendall    Kendall's tau-b: pairs in order less pairs not in order, as a share
+    judge_kendall    the same for the signs of all differences (Kendall's tau-b)
 
     A judged NaN ties with everything in pairs and ranks, and counts as a miss otherwise. A mean is
     taken over the prompts for which the number is defined; None if there is no such prompt.
@@ -2067,7 +2068,8 @@ def as_item(entry, where, _, limits):
 def as_pair(entry, where, text, limits):
     """A PreferencePair, made of one or of texts (prompt, chosen, rejected)."""
     if isinstance(entry, PreferencePair):
-        items = [(torch.cat((entry.prompt, answer)), len(entry.prompt)) for answer in entry[1:3]]
+        prompt, *answers = (as_ids(ids, where) for ids in entry[:3])
+        items = [(torch.cat((prompt, answer)), len(prompt)) for answer in answers]
     else:
         is_texts = isinstance(entry, (tuple, list)) and [type(x) for x in entry] == [str] * 3
         require(is_texts, f"{where} is {str(entry)[:60]!r}, not texts (prompt, chosen, rejected)")
@@ -2083,7 +2085,7 @@ def checked_pick(picked, n):
     is_pair = isinstance(picked, (tuple, list)) and len(picked) == 2
     require(picked is None or is_pair and set(picked) <= set(range(n)) and picked[0] != picked[1],
             f"pick_pair returned {picked!r}, not two different indices from 0 to {n - 1}")
-    return picked
+    return picked and (int(picked[0]), int(picked[1]))
 
 
 def as_rewards(values, n):
@@ -2126,7 +2128,7 @@ def read_lines(path, read):
                 row = json.loads(line)
                 require(isinstance(row, dict), f"not an object but {line[:40]!r}")
                 found.append(read(row))
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{where}: {error}") from error
     require(len(found) > 0, f"{path} is empty")
     return found
@@ -2273,12 +2275,16 @@ class SelfRewardingTrainer:
     def _begin(self, overwrite, resume):
         """Prepare the folder; load the last finished stage. Returns the records up to it. The last
         one holds no evaluation, because a checkpoint is written before the evaluation."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot make the folder {self.folder}: {error.strerror}") from error
         if overwrite or os.environ.get("SRLM_CLEAR_CHECKPOINTS") == "1":
-            # Remove every file of the old run, so that no later resume can take one of them.
+            # Remove the checkpoints of the old run, so that no later resume can take one of them.
             kinds = "sft|spin|dpo|self-reward|external-reward"
             for path in list(self.folder.iterdir()):
-                if re.fullmatch(rf"metrics\.jsonl|\d+\.({kinds})(\.step\d+)?\.pt", path.name):
+                is_ours = re.fullmatch(rf"\d+\.({kinds})(\.step\d+)?\.pt", path.name)
+                if is_ours or overwrite and path.name == "metrics.jsonl":
                     path.unlink()
         finished = [stage for stage in range(len(self.configs)) if self.path(stage).exists()]
         if not finished:
@@ -2327,7 +2333,10 @@ def stage_named(stage, config):
 
 def plain(values):
     """The same without numpy or torch types, so that a checkpoint loads without running code."""
-    return json.loads(json.dumps(values, default=lambda value: value.tolist()))
+    try:
+        return json.loads(json.dumps(values, default=lambda value: value.tolist()))
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{str(values)[:60]!r} cannot be written as JSON ({error})") from error
 
 
 def comparable(value):
@@ -2596,8 +2605,10 @@ class Scoreboard:
         line = {"model": f"M{record['stage']}", **dict.fromkeys(_MEASURES), **record}
         self.scores.append(line.pop("scores", None))
         self.lines.append(line)
-        data = "".join(json.dumps(line) + "\n" for line in self.lines)
-        write_file(self.folder / "metrics.jsonl", data.encode())
+        path, data = self.folder / "metrics.jsonl", [json.dumps(x) + "\n" for x in self.lines]
+        # A resume reports its old lines again, and may fail before the last of them.
+        if not path.exists() or len(data) >= len(path.read_bytes().splitlines()):
+            write_file(path, "".join(data).encode())
         say(table_row(line))
 
     def conclude(self, path):

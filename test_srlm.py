@@ -2263,8 +2263,8 @@ undisturbed = functools.cache(lambda: run(EVERY_KIND, evaluate=draw))
     ("fit", failing(KeyboardInterrupt), None), ("report", failing(KeyboardInterrupt), None),
     ("evaluate", failing(KeyboardInterrupt), None), ("evaluate", failing(RuntimeError("no")), "no"),
     ("evaluate", lambda model: None, None), ("evaluate", lambda model: 7, None),
-    ("evaluate", lambda model: {"x": {1}}, "'set'"),
-    ("evaluate", lambda model: {(1, 2): 3}, "keys.*tuple"),
+    ("evaluate", lambda model: {"x": {1}}, r"stage \d \(.*\).*\{1\}.*JSON"),
+    ("evaluate", lambda model: {(1, 2): 3}, r"stage \d \(.*\).*JSON"),
     ("fsync", failing(OSError(errno.ENOSPC, "No space left")), r"cannot write .*\.pt: No space")])
 def test_a_run_that_broke_off_resumes_to_the_same_bits(where, what, words, at, tmp_path):
     """A resume goes on after the last finished stage, and ends as if nothing had happened."""
@@ -2358,7 +2358,7 @@ def test_checkpoints_are_never_overwritten_unasked(overwrite, clear, tmp_path, m
     again = trainer(tmp_path, stages, Tiny(seed=1))
     if overwrite or clear == "1":
         again(overwrite_checkpoints=overwrite)
-        kept = set(FOREIGN)  # of the old run
+        kept = set(FOREIGN) if overwrite else {*FOREIGN, "metrics.jsonl"}  # of the old run
         after = contents(tmp_path)
         assert set(after) == {*kept, "0.sft.pt", "1.spin.pt"}
         assert {name for name in after if after[name] == before.get(name)} == kept
@@ -2795,7 +2795,7 @@ def test_every_option_is_documented_and_has_a_type(capsys):
     ("--sft x --stages sft,self", "needs --judged"),
     ("--sft x --judged y --stages sft,external", "external"),
     ("--checkpoints {folder}", "1.sft.pt exists; .*resume.*overwrite"),
-    ("--checkpoints {folder}/file/x", "file.x"),
+    ("--checkpoints {folder}/file/x", "cannot make the folder"),
     ("ask {folder}/missing.pt sort", "missing.pt"), ("ask {folder}/bad.pt sort", "bad.pt"),
     ("ask {folder}/0.sft.pt", "prompt"), ("ask {folder}/0.sft.pt sort cd", "cd"),
     ("ask {folder}/0.sft.pt " + "sort" * 99, "max_seq_len")])
