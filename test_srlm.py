@@ -3204,7 +3204,7 @@ def test_the_grader_tells_right_from_wrong(job):
                  "pick_best_worst +not written yet", "top_k +0 of 3",
                  r" +stopped after 12 s: an endless loop\?", r" +expected \| yours",
                  "RewardConfig.parse +2 of 8",
-                 r" +smallest counterexample: numbers=\['-1'\], between=''", "broken.py, line 1: ",
+                 r" +smallest counterexample: numbers=\['[-.0-9]+'\], between=''", "broken.py, line 1: ",
                  "mine.py  1 of 5 units pass", "broken.py  cannot be graded", "exit code 2",
                  "my_tests.py: .* catch 3 of 3 faults", "exit code 0"):
         assert re.search(f"^{line}", output, re.MULTILINE), f"{line}\n{output}"
