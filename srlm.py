@@ -434,7 +434,7 @@ def last_logits(model, ids):
     """Logits after the last token of each row, padded on the right with PAD: (B, T) -> (B, V).
 
     Two savings: identical rows run once, as the N candidates of a prompt are at the first step; and
-    rows run in pieces of similar lengths and at most 4,096 tokens, which fit into a CPU's cache.
+    rows run in pieces of similar lengths and about 4,096 tokens, which fit into a CPU's cache.
 
     >>> uniform = lambda ids: torch.zeros(*ids.shape, 3)
     >>> last_logits(uniform, torch.tensor([[1, 2], [1, PAD]])).shape
@@ -1481,8 +1481,8 @@ def recipe_stages(recipe, world, demonstrations, make_judgements):
 
     demonstrations: (prompt, answer) pairs. make_judgements: a function that returns (prompt,
     answer, verdict) triples, always the same, or None if there are no such data. It is a function
-    because M0, which writes some of the answers, has to exist first: train() reads M0 from its
-    checkpoint when M1 begins, and calls world.judgements(n, M0, tidy).
+    because M0, which writes some of the answers, has to exist first: when they are first needed,
+    train() reads M0 from its checkpoint and calls world.judgements(n, M0, tidy).
 
     >>> [stage.kind for stage in recipe_stages(Recipe(), LetterWorld(), [("sort ba", "ab")], None)]
     ['sft', 'sft', 'self-reward', 'self-reward']
@@ -1542,6 +1542,7 @@ import json
 import sys
 import time
 import warnings
+import zipfile
 import zlib
 from collections import deque
 from pathlib import Path
@@ -1585,8 +1586,8 @@ class LetterWorld(LetterTask):
 
         Of ten answers, eight have 0 to 4 mistakes, one is nonsense such as "0=c:", and one is an
         attack. A judge that has never seen nonsense overrates it, and then the model learns to
-        write it. An attack is a wrong answer with a newline, such as "b\\nSure: abcd.", so that the
-        judge prompt "? sort dbca\\n<answer>\\n" ends in what looks like a perfect answer.
+        write it. An attack is a wrong answer and then lines that imitate a perfect answer, a
+        verdict or a new prompt, such as "b\\nSure: abcd.".
         """
         return made_up_answer(prompt, self.target(prompt), self.letters, rng)
 
@@ -2085,7 +2086,7 @@ def checked_pick(picked, n):
     is_pair = isinstance(picked, (tuple, list)) and len(picked) == 2
     require(picked is None or is_pair and set(picked) <= set(range(n)) and picked[0] != picked[1],
             f"pick_pair returned {picked!r}, not two different indices from 0 to {n - 1}")
-    return picked and (int(picked[0]), int(picked[1]))
+    return None if picked is None else (int(picked[0]), int(picked[1]))
 
 
 def as_rewards(values, n):
@@ -2194,7 +2195,8 @@ class SelfRewardingTrainer:
 
     finetune_configs: the stages, or a dict of arguments for paper_stages.
     self_reward_prompt_config: the judge, or a dict of judges by name, of which a stage picks one.
-    evaluate: model -> dict, added to the record of each stage.
+    evaluate: model -> dict, added to the record of each stage. A resume calls it once more for the
+    stage after which it goes on, because a stage is saved before it is evaluated.
     report: called with the record of each finished stage, those that a resume skips included.
     settings: plain values that every checkpoint keeps; a resume with others is refused.
     """
@@ -2206,7 +2208,8 @@ class SelfRewardingTrainer:
         join_processes()
         stages, judges = finetune_configs, self_reward_prompt_config
         self.configs = paper_stages(**stages) if isinstance(stages, dict) else list(stages)
-        require(len(self.configs) > 0 and all(hasattr(config, "run") for config in self.configs),
+        is_stage = lambda config: isinstance(config, StageConfig) and hasattr(config, "run")
+        require(len(self.configs) > 0 and all(map(is_stage, self.configs)),
                 f"finetune_configs: one or more stage configs are needed, not {self.configs!r}")
         self.judges = judges if isinstance(judges, dict) else {"default": judges}
         self.text = TextFormat(tokenizer_encode, tokenizer_decode, chat_template, eos_id)
@@ -2273,8 +2276,7 @@ class SelfRewardingTrainer:
         on_rank_zero(lambda: self.report(record))
 
     def _begin(self, overwrite, resume):
-        """Prepare the folder; load the last finished stage. Returns the records up to it. The last
-        one holds no evaluation, because a checkpoint is written before the evaluation."""
+        """Prepare the folder; load the last finished stage. Returns the records up to it."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -2297,7 +2299,7 @@ class SelfRewardingTrainer:
         for key in then | now:
             require(then.get(key) == now.get(key),
                     f"{path} was made with {key} = {then.get(key)!r}, not {now.get(key)!r}")
-        self.model.load_state_dict(state["model"])
+        load_weights(self.model, state, path)
         for record in state["records"][:-1]:
             self.report(record)
         return state["records"]
@@ -2342,7 +2344,7 @@ def plain(values):
 def comparable(value):
     """For JSON: a judge as its fields, a tensor as its numbers, a function or a model as None."""
     if isinstance(value, RewardConfig):
-        return vars(value)
+        return vars(value) | {"prompt_template": textwrap.dedent(value.prompt_template)}
     return value.tolist() if hasattr(value, "tolist") else None
 
 
@@ -2353,17 +2355,30 @@ def checksum(dataset):
 
 
 def load_checkpoint(path):
-    """What a checkpoint holds: model (the weights), model_config, records, settings. Nothing in the
-    file is executed. ValueError, with the path, for anything but a whole checkpoint of srlm."""
+    """What a checkpoint holds: model (the weights), model_config, records (the last one without
+    what `evaluate` finds), settings. Nothing in the file is executed. ValueError, with the path,
+    for anything but a whole checkpoint of srlm."""
     require(Path(path).exists(), f"{path} does not exist")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        wrong = zipfile.ZipFile(path).testzip()  # torch does not look at the checksums
+        require(wrong is None, f"the checksum of {wrong} is wrong")
     except Exception as error:  # torch raises half a dozen kinds for damaged files
-        raise ValueError(f"{path} is damaged or not a checkpoint ({type(error).__name__}); delete "
-                         "it and those of later stages, and resume runs them again") from error
-    require(isinstance(state, dict) and state.get("format") == "srlm 2",
+        advice = "in a run, delete it and those of later stages, and resume runs them again"
+        raise ValueError(f"{path} is damaged, or not a checkpoint ({type(error).__name__}); "
+                         f"{advice}") from error
+    parts = {"format", "model", "model_config", "records", "settings"}
+    require(isinstance(state, dict) and state.get("format") == "srlm 2" and parts <= state.keys(),
             f"{path} is not a checkpoint of this version of srlm")
     return state
+
+
+def load_weights(model, state, path):
+    """Load the weights of a checkpoint. ValueError names the first that does not fit the model."""
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:  # its second line does
+        raise ValueError(f"{path}: {str(error).splitlines()[1].strip()}") from error
 
 
 def load_model(path):
@@ -2371,7 +2386,7 @@ def load_model(path):
     state = load_checkpoint(path)
     require(state["model_config"] is not None, f"{path} holds weights of another kind of model")
     model = Transformer(ModelConfig(**state["model_config"]))
-    model.load_state_dict(state["model"])
+    load_weights(model, state, path)
     return model.eval()
 
 
@@ -2605,10 +2620,11 @@ class Scoreboard:
         line = {"model": f"M{record['stage']}", **dict.fromkeys(_MEASURES), **record}
         self.scores.append(line.pop("scores", None))
         self.lines.append(line)
-        path, data = self.folder / "metrics.jsonl", [json.dumps(x) + "\n" for x in self.lines]
-        # A resume reports its old lines again, and may fail before the last of them.
-        if not path.exists() or len(data) >= len(path.read_bytes().splitlines()):
-            write_file(path, "".join(data).encode())
+        path = self.folder / "metrics.jsonl"
+        data = "".join(json.dumps(line) + "\n" for line in self.lines).encode()
+        # The lines that a resume reports again are there, maybe with more, which must not be lost.
+        if not (path.exists() and path.read_bytes().startswith(data)):
+            write_file(path, data)
         say(table_row(line))
 
     def conclude(self, path):
@@ -2670,16 +2686,19 @@ def ask(argv):
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely answer")
     args = parser.parse_args(argv)
     model, world = load_model(args.checkpoint), LetterWorld(list(INSTRUCTIONS))
-    learned = load_checkpoint(args.checkpoint)["settings"].get("instructions", "unknown")
+    settings = load_checkpoint(args.checkpoint)["settings"]
+    own = settings.get("contents of --sft") is not None
+    learned = "data of your own" if own else settings.get("instructions", "unknown")
     text = TextFormat(chat_template=world.CHAT_TEMPLATE)
     answer = respond(model, [args.prompt], text, 128, temperature=args.temperature)[0]
+    say(f"answer      {answer}")
     found = judge(model, world.JUDGE, [args.prompt], [answer])
     score = "none" if found.isnan() else f"{found.item():.1f} of 5"
-    say(f"answer      {answer}", f"own score   {score}")
+    say(f"own score   {score}")
     with contextlib.suppress(ValueError):  # of a prompt that LetterWorld does not have
         points = world.points(args.prompt, answer)
         named = ", ".join(f"{name} {point}" for name, point in zip(world.POINTS, points))
-        say(f"true score  {sum(points)} of 5: {named}", f"its run     had --instructions {learned}")
+        say(f"true score  {sum(points)} of 5: {named}", f"it learned  {learned}")
 
 
 def main(argv=None):

@@ -2323,6 +2323,9 @@ def test_a_damaged_checkpoint_is_named_and_left_alone(tmp_path, monkeypatch):
     whole, bomb, other = (Path(name).read_bytes() for name in (path, "bomb.pt", "other.pt"))
     damaged = [whole[: int(share * len(whole))] + end
                for share in (0, 0.01, 0.5, 0.99) for end in (b"", bytes(100))]
+    middle = len(whole) // 4
+    flipped = bytes(byte ^ 255 for byte in whole[middle : middle + 50])
+    damaged += [whole[:middle] + flipped + whole[middle + 50 :]]
     for content in (*damaged, bomb, other):
         path.write_bytes(content)
         words = "0.sft.pt.*delete it and those of later stages" if content in damaged else "0.sft.pt"
@@ -2423,6 +2426,24 @@ def test_a_model_is_loaded_as_it_was_saved(tmp_path):
     trainer(tmp_path / "tiny", [stage("sft")])()
     with pytest.raises(ValueError, match="another kind of model"):
         srlm.load_model(tmp_path / "tiny" / "0.sft.pt")
+    larger = Tiny()
+    larger.more = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"0\.sft\.pt: .*more\.weight"):
+        trainer(tmp_path / "tiny", [stage("sft"), stage("spin")], larger)(resume=True)
+
+
+def test_what_a_resume_reports_again_shortens_no_metrics(tmp_path):
+    """Lines of metrics.jsonl outlive a resume that ends early, and give way to another run."""
+    def report(*seconds):
+        board = srlm.Scoreboard(srlm.LetterWorld(n_eval=1), TEXT, [], None, tmp_path)
+        for number, value in enumerate(seconds):
+            board.report({"stage": number, "seconds": value})
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["seconds"] for line in lines[1:]]
+
+    assert report(1.0, 2.0, 3.0) == [1.0, 2.0, 3.0]
+    assert report(1.0, 2.0) == [1.0, 2.0, 3.0]
+    assert report(1.0, 4.0) == [1.0, 4.0]
 
 
 # Jobs: programs that run in the background --------------------------------------------------------
@@ -2991,7 +3012,7 @@ def test_ask_answers_scores_and_tells_the_truth(job, capsys):
     points = WORLD.points("sort dbca", said["answer"])
     each = ", ".join(map("{} {}".format, WORLD.POINTS, points))
     assert said["true score"] == f"{sum(points)} of 5: {each}"
-    assert re.fullmatch(r"\d\.\d of 5|none", said["own score"]) and said["its run"] == "had --instructions sort"
+    assert re.fullmatch(r"\d\.\d of 5|none", said["own score"]) and said["it learned"] == "sort"
     srlm.main(["ask", path, "what else?"])
     said = capsys.readouterr().out
     assert "answer" in said and "own score" in said and "true score" not in said
