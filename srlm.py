@@ -326,7 +326,7 @@ class Block(nn.Module):
         qkv = rearrange(qkv, "b t (n h d) -> n b h t d", n=3, h=self.heads)  # (3, B, H, T, D/H)
         # RoPE (arXiv:2104.09864): two neighbouring features are one complex number, turned by an
         # angle proportional to the position of its token. Take a pair a of a query at position s
-        # and the pair b of a key at position t. Their dot product, Re( a conj(b) ), becomes
+        # and b of a key at t. Their dot product, a1 b1 + a2 b2 = Re( a conj(b) ), becomes
         #     Re( a e^(i s w) conj(b e^(i t w)) ) = Re( a conj(b) e^(i (s - t) w) )
         # so attention depends on the distance s - t alone. (w: a constant of the pair.)
         precise = torch.promote_types(x.dtype, torch.float32)  # bfloat16 has no complex numbers
@@ -420,7 +420,7 @@ def top_p(logits, p):
     """
     require(0 <= p <= 1, f"top_p: p={p} is not between 0 and 1")
     if p == 1:
-        return logits  # a rounded sum of 50,000 probabilities would reach 1 too early
+        return logits  # mass_before, below, may be rounded to 1 with tokens left
     order = logits.argsort(dim=-1, descending=True, stable=True)  # (B, V), most likely first
     probs = logits.gather(-1, order).softmax(-1)
     mass_before = probs.cumsum(-1) - probs  # probability of all more likely tokens together
@@ -433,7 +433,7 @@ def top_p(logits, p):
 def last_logits(model, ids):
     """Logits after the last token of each row, padded on the right with PAD: (B, T) -> (B, V).
 
-    Two savings: identical rows run once, as the N candidates of a prompt are at the first step; and
+    Two savings: identical rows run once (at first the N candidates of a prompt are identical); and
     rows run in pieces of similar lengths and about 4,096 tokens, which fit into a CPU's cache.
 
     >>> uniform = lambda ids: torch.zeros(*ids.shape, 3)
@@ -561,9 +561,9 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 #     pi(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x)
 #     r(x, y) = beta log( pi(y|x) / ref(y|x) ) + beta log Z(x)       the same, solved for the reward
 #
-# The last line holds for any policy pi, also for the one in training: pi is the optimum for the
-# reward beta log(pi / ref) + a term of x alone, its IMPLICIT REWARD. Assume (Bradley-Terry) that y1
-# is preferred to y2 with probability sigmoid(r(x, y1) - r(x, y2)); the term of x cancels. So fit
+# Now backwards: any policy pi, also the one in training, is the optimum for some reward, namely
+# beta log(pi / ref) + a term of x alone, its IMPLICIT REWARD. Assume (Bradley-Terry) that y1 is
+# preferred to y2 with probability sigmoid(r(x, y1) - r(x, y2)); the term of x cancels. So fit
 # this reward to the preferences that we have seen, by changing pi. The pi that fits best is at once
 # the optimum of the goal for the reward that was found, and no other r is needed. The loss is minus
 # the logarithm of the probability of the preferences,
@@ -794,7 +794,7 @@ def judge(model, reward_config, prompts, responses, *, encode=encode, decode=dec
 
 # 7. Preference pairs ------------------------------------------------------------------------------
 # For each prompt the model writes N candidates, a reward function scores them, and a picker chooses
-# two. The model itself, another model, or a program is
+# two. A reward function (the model itself, another model, or a program) has the form
 #     reward_fn(prompts: list[str], responses: list[str]) -> (B,) rewards, NaN for "no opinion"
 # What usually goes wrong: a prompt is skipped (tie, no reward), and from then on prompts are paired
 # with the answers to other prompts.
@@ -1339,7 +1339,7 @@ def judging_metrics(truth, judged):
                      judged score, is one of the truly best ([1] has N = 5 answers)
     judge_exact      share of the answers whose judged score, rounded, is the true score
     judge_spearman   correlation of the ranks of true and judged scores, mean over the prompts
-    judge_kendall    the same for the signs of all differences (Kendall's tau-b)
+    judge_kendall    Kendall's tau-b: (right - wrong pairs) / pairs, corrected for ties
 
     A judged NaN ties with everything in pairs and ranks, and counts as a miss otherwise. A mean is
     taken over the prompts for which the number is defined; None if there is no such prompt.
@@ -1473,7 +1473,7 @@ class Recipe:
     judgements: int = setting(12000, 1500, "number of judgements; 1,630 in [1], for 70B")
     stage_prompts: int = setting(1000, 96, "prompts for a later stage; about 950 give a pair")
     eval_prompts: int = setting(200, 40, "held-out prompts, with five answers to each")
-    tidy: bool = setting(False, None, "no nonsense in the judging data, so the judge can be fooled")
+    tidy: bool = setting(False, None, "to try: no nonsense in the judging data; a judge to be fooled")
 
 
 def recipe_stages(recipe, world, demonstrations, make_judgements):
@@ -1494,7 +1494,7 @@ def recipe_stages(recipe, world, demonstrations, make_judgements):
     # judging data of M1.
 
     def judging_items(model):
-        """To learn to judge: prompt and response of an item are a judge prompt and its verdict."""
+        """To learn to judge: items of a judge prompt (no chat template around it) and a verdict."""
         return [TextFormat().item(world.JUDGE.render(prompt, answer), verdict)
                 for prompt, answer, verdict in make_judgements()]
 
