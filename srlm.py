@@ -1473,7 +1473,7 @@ class Recipe:
     judgements: int = setting(12000, 1500, "number of judgements; 1,630 in [1], for 70B")
     stage_prompts: int = setting(1000, 96, "prompts for a later stage; about 950 give a pair")
     eval_prompts: int = setting(200, 40, "held-out prompts, with five answers to each")
-    tidy: bool = setting(False, None, "to try: no nonsense in the judging data; a judge to be fooled")
+    tidy: bool = setting(False, None, "to try: no nonsense in the judging data, to fool the judge")
 
 
 def recipe_stages(recipe, world, demonstrations, make_judgements):
