@@ -295,7 +295,7 @@ class ModelConfig:
 
     def __post_init__(self):
         require(self.dim % (2 * self.heads) == 0, f"ModelConfig: dim={self.dim} is not a multiple "
-                f"of 2 * heads={2 * self.heads}, because RoPE turns pairs of features")
+                f"of 2 * heads={2 * self.heads}, because Block turns pairs of features")
 
 
 class Block(nn.Module):
@@ -324,11 +324,11 @@ class Block(nn.Module):
     def forward(self, x, rotations):
         qkv = self.to_qkv(self.attention_norm(x))  # (B, T, 3D)
         qkv = rearrange(qkv, "b t (n h d) -> n b h t d", n=3, h=self.heads)  # (3, B, H, T, D/H)
-        # RoPE (arXiv:2104.09864): two neighbouring features are one complex number, turned by an
-        # angle proportional to the position of its token. Take a pair a of a query at position s
-        # and b of a key at t. Their dot product, a1 b1 + a2 b2 = Re( a conj(b) ), becomes
+        # RoPE (arXiv:2104.09864): two neighbouring features are one complex number, turned by w
+        # times the position of its token (w: a constant of the pair). A pair a of a query at s and
+        # b of a key at t have the dot product a1 b1 + a2 b2 = Re( a conj(b) ). It becomes
         #     Re( a e^(i s w) conj(b e^(i t w)) ) = Re( a conj(b) e^(i (s - t) w) )
-        # so attention depends on the distance s - t alone. (w: a constant of the pair.)
+        # so attention depends on the distance s - t alone.
         precise = torch.promote_types(x.dtype, torch.float32)  # bfloat16 has no complex numbers
         pairs = qkv[:2].to(precise).unflatten(-1, (-1, 2))  # q and k: (2, B, H, T, D/2H, 2)
         rotated = torch.view_as_complex(pairs) * torch.view_as_complex(rotations.to(precise))
@@ -341,8 +341,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A small decoder that fulfils the contract. `generator` draws its initial weights.
 
-    GPT-NeoX with a sequential residual, full RoPE and no biases. ValueError if a row is longer than
-    max_seq_len.
+    Like GPT-NeoX, but the MLP comes after attention, all features are turned, and there are no
+    biases. ValueError if a row is longer than max_seq_len.
 
     >>> model = Transformer(ModelConfig(dim=8, depth=1))
     >>> model(torch.tensor([encode("sort")])).shape                        # (B, T) -> (B, T, V)
@@ -420,7 +420,7 @@ def top_p(logits, p):
     """
     require(0 <= p <= 1, f"top_p: p={p} is not between 0 and 1")
     if p == 1:
-        return logits  # mass_before, below, may be rounded to 1 with tokens left
+        return logits  # rounding below could exclude unlikely tokens
     order = logits.argsort(dim=-1, descending=True, stable=True)  # (B, V), most likely first
     probs = logits.gather(-1, order).softmax(-1)
     mass_before = probs.cumsum(-1) - probs  # probability of all more likely tokens together
@@ -544,7 +544,7 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 # obvious loss, -log p(chosen) + log p(rejected), pushes the rejected response towards probability 0
 # with a force that never fades, and the model into nonsense. DPO starts from a goal that has an
 # optimum: maximise a reward r of responses y drawn from the policy pi, but pay beta for every nat
-# by which the policy leaves the reference ref. (The values of r will not be needed, only which of
+# of log(pi / ref), where ref is the reference. (The values of r will not be needed, only which of
 # two responses has the higher one.)
 #
 #     max_pi  sum over y of [ pi(y|x) r(x, y) - beta pi(y|x) log( pi(y|x) / ref(y|x) ) ]
@@ -564,9 +564,9 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 # Now backwards: any policy pi, also the one in training, is the optimum for some reward, namely
 # beta log(pi / ref) + a term of x alone, its IMPLICIT REWARD. Assume (Bradley-Terry) that y1 is
 # preferred to y2 with probability sigmoid(r(x, y1) - r(x, y2)); the term of x cancels. So fit
-# this reward to the preferences that we have seen, by changing pi. The pi that fits best is at once
-# the optimum of the goal for the reward that was found, and no other r is needed. The loss is minus
-# the logarithm of the probability of the preferences,
+# this reward to the preferences that we have seen, by changing pi. Whatever reward that gives, pi
+# is already its optimum of the goal, so r itself is never computed. The loss is minus the logarithm
+# of the probability of the preferences,
 #
 #     -log sigmoid( beta log( pi(y1|x) / ref(y1|x) ) - beta log( pi(y2|x) / ref(y2|x) ) )
 #
@@ -692,13 +692,13 @@ class RewardConfig:
 
     prompt_template: the judge prompt, with {{ prompt }} and {{ response }}.
     reward_regex_template: what a verdict looks like: literal text with one {{ reward }}. (It is
-    not a regular expression, whatever its name says; parse() reads it leniently.)
+    not a regular expression, whatever its name says. parse() is lenient and takes the last one.)
     parse_reward: a function reply -> score or None of your own, instead of that template.
     reward_range: (lowest, highest) score; a score outside counts as none.
     ValueError for a template with missing or unknown variables, or with {{ reward }} twice.
 
-    >>> config = RewardConfig("{{ prompt }} {{ response }}", "Score: {{ reward }}", None, (0, 5))
-    >>> [config.parse(reply) for reply in ("Score: 1. No, score:4/5", "**Score:** 4", "Score: 50")]
+    >>> c = RewardConfig("{{ prompt }} {{ response }}", "Score: {{ reward }}", reward_range=(0, 5))
+    >>> [c.parse(reply) for reply in ("Score: 1. No, score:4/5", "**Score:** 4", "Score: 50")]
     [4.0, 4.0, None]
     """
 
@@ -828,9 +828,9 @@ def pick_best_worst(rewards):
 
 
 def make_pair(prompt, candidates, rewards, pick_pair=pick_best_worst, is_valid_pair=None):
-    """(outcome, pair) of the N candidates of a prompt. The outcome is "pairs", or where the pair is
-    None the reason: "unparsed" if fewer than two candidates have a reward, "tied" if the picker
-    found no two, "invalid" if both have the same tokens, or if is_valid_pair refuses them.
+    """(outcome, pair) of the N candidates of a prompt. The outcome is "pairs", a key of the counts,
+    or why the pair is None: "unparsed" if fewer than two candidates have a reward, "tied" if the
+    picker found no two, "invalid" if both have the same tokens, or if is_valid_pair refuses them.
 
     >>> make_pair(torch.tensor([7]), torch.tensor([[8], [9]]), torch.tensor([1.0, 1.0]))
     ('tied', None)
@@ -891,7 +891,7 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
     # parallel_map is the lazy map(), except that several processes would share the chunks.
     found = parallel_map(write_reward_and_pick, list(enumerate(chunks)), "writing, judging")
     source = f"{len(prompts)} prompts with {n_candidates} candidates each"
-    return counted_pairs(found, n_pairs, source, reward_fn)  # stops at n_pairs
+    return counted_pairs(found, n_pairs, source, reward_fn)  # stops at n_pairs, or complains
 
 
 # 8. Training --------------------------------------------------------------------------------------
@@ -982,8 +982,8 @@ def preference_objective(pairs, loss_fn, nll_weight=0.0):
 
 
 def with_reference_logprobs(model, pairs):
-    """Freeze the reference: the pairs, sorted by length (fit shuffles them), with ref_chosen and
-    ref_rejected under the model as it is now.
+    """Freeze the reference: the pairs, as pieces_by_tokens sorts them (fit shuffles them), with
+    ref_chosen and ref_rejected under the model as it is now.
 
     DPO needs nothing else of its reference, so no second model is kept. Pairs go through the model
     in pieces of about 4,096 tokens, because the logits of a piece take V numbers a token.
@@ -1172,7 +1172,7 @@ class SelfPlayConfig(StageConfig):
 
     A demonstration is preferred even where the model's own answer is better. So the demonstrations
     are its fixed point: once the model writes as they do, chosen and rejected answers are alike,
-    and nothing is left to learn (Theorem 5.2 of [3]). A long round with a small lam overshoots.
+    and nothing is left to learn (Theorem 5.2 of [3]). A long round with a small lam goes past it.
     """
 
     kind: ClassVar[str] = "spin"
@@ -1348,9 +1348,10 @@ def judging_metrics(truth, judged):
     0.6666666666666666
     """
     # true_sign[p, i, j] is 1, 0 or -1: is answer i to prompt p better than, as good as, or worse
-    # than answer j? You may skip why the correlations are cosines: signs have mean 0, and Kendall's
-    # tau is the cosine of the true and the judged ones; their sums over j are ranks, up to a shift
-    # and a factor (scores 1, 2, 3 give -2, 0, 2), and Spearman's correlation is their cosine.
+    # than answer j? You may skip the rest: a correlation is the cosine of vectors of mean 0, as
+    # signs are (i, j against j, i). That of the signs is Kendall's tau. Their sums over j are
+    # ranks, up to a shift and a factor (scores 1, 2, 3 give -2, 0, 2); that of the sums is
+    # Spearman's.
     true_sign, judged_sign = (np.nan_to_num(np.sign(x[:, :, None] - x[:, None, :]))
                               for x in (truth, judged))
 
@@ -1386,10 +1387,11 @@ def measure(model, world, text, graded_answers, previous_scores):
     oracle_score, oracle_greedy: mean true score of drawn and of most likely answers; perfect_rate:
     share of drawn answers with 5; self_score: mean score that the model gives the drawn answers.
 
-    world: see section 11. graded_answers: a list of (prompt, answer, true score), or None if the
-    model cannot judge yet. previous_scores: the `scores` (P, 5) of the model before, or None. The
-    caller seeds torch's global generator. With your own data nobody knows a true score: world.score
-    is None, and graded_answers holds what people have graded, one answer to a prompt, or nothing.
+    world: see section 11. graded_answers: a list of (prompt, answer, true score), five to a prompt,
+    or None if the model cannot judge yet. previous_scores: the `scores` (P, 5) of the model before,
+    or None. The caller seeds torch's global generator. With your own data nobody knows a true
+    score: world.score is None, and graded_answers holds one answer to a prompt, graded by people,
+    or is an empty list.
 
     >>> world, model = LetterWorld(n_eval=1), Transformer(ModelConfig(dim=8, depth=1))
     >>> sorted(measure(model, world, TextFormat(), graded_answers=None, previous_scores=None))
@@ -1473,16 +1475,16 @@ class Recipe:
     judgements: int = setting(12000, 1500, "number of judgements; 1,630 in [1], for 70B")
     stage_prompts: int = setting(1000, 96, "prompts for a later stage; about 950 give a pair")
     eval_prompts: int = setting(200, 40, "held-out prompts, with five answers to each")
-    tidy: bool = setting(False, None, "to try: no nonsense in the judging data, to fool the judge")
+    tidy: bool = setting(False, None, "to try: a judge trained without nonsense, which fools it")
 
 
 def recipe_stages(recipe, world, demonstrations, make_judgements):
     """The stages of the recipe.
 
-    demonstrations: (prompt, answer) pairs. make_judgements: a function that returns (prompt,
-    answer, verdict) triples, always the same, or None if there are no such data. It is a function
-    because M0, which writes some of the answers, has to exist first: when they are first needed,
-    train() reads M0 from its checkpoint and calls world.judgements(n, M0, tidy).
+    demonstrations: (prompt, answer) pairs. make_judgements: None without judging data, or a
+    function that returns the same (prompt, answer, verdict) triples at each call. It is a function
+    because M0 writes some of the answers and has to exist first: at the first call, the function
+    of train() reads M0 from its checkpoint and calls world.judgements(n, M0, tidy).
 
     >>> [stage.kind for stage in recipe_stages(Recipe(), LetterWorld(), [("sort ba", "ab")], None)]
     ['sft', 'sft', 'self-reward', 'self-reward']
