@@ -2689,8 +2689,8 @@ def ask(argv):
     args = parser.parse_args(argv)
     model, world = load_model(args.checkpoint), LetterWorld(list(INSTRUCTIONS))
     settings = load_checkpoint(args.checkpoint)["settings"]
-    own = settings.get("contents of --sft") is not None
-    learned = "data of your own" if own else settings.get("instructions", "unknown")
+    is_user_data = settings.get("contents of --sft") is not None
+    learned = "data of your own" if is_user_data else settings.get("instructions", "unknown")
     text = TextFormat(chat_template=world.CHAT_TEMPLATE)
     answer = respond(model, [args.prompt], text, 128, temperature=args.temperature)[0]
     say(f"answer      {answer}")
