@@ -1986,14 +1986,18 @@ def check_fields(config):
     """Refuse a stage with a number or a mode that makes no sense."""
     stage, mode = type(config).__name__, config.eval_mode
     require(mode in ("max", "min"), f'{stage}: eval_mode = {mode!r} is neither "max" nor "min"')
-    for name, value in vars(config).items():
-        check_number(name, value, f"{stage}: {name} = {value!r}")
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        shown = f"{stage}: {item.name} = {value!r}"
+        require("int" not in str(item.type) or type(value) is not float, f"{shown} is not whole")
+        check_number(item.name, value, shown)
 
 
 def datasets_of(config):
     """The data sets of a stage by name, but not those that are functions of the model."""
     return {name: value for name, value in vars(config).items()
-            if name.endswith("_dataset") and value is not None and not callable(value)}
+            if name.endswith("_dataset") and not callable(value)
+            and (value is not None or name != "replay_dataset")}
 
 
 def vocabulary_size(model):
@@ -2087,8 +2091,8 @@ def as_pair(entry, where, text, limits):
 
 def checked_pick(picked, n):
     """What a picker returned: None, or two different indices of n candidates."""
-    is_pair = isinstance(picked, (tuple, list)) and len(picked) == 2
-    require(picked is None or is_pair and set(picked) <= set(range(n)) and picked[0] != picked[1],
+    is_pair = isinstance(picked, (tuple, list)) and len(picked) == 2 and picked[0] != picked[1]
+    require(picked is None or is_pair and all(i in range(n) for i in picked),
             f"pick_pair returned {picked!r}, not two different indices from 0 to {n - 1}")
     return None if picked is None else (int(picked[0]), int(picked[1]))
 
@@ -2216,6 +2220,7 @@ class SelfRewardingTrainer:
         require(len(self.configs) > 0 and all(map(is_stage, self.configs)),
                 f"finetune_configs: one or more stage configs are needed, not {self.configs!r}")
         self.judges = judges if isinstance(judges, dict) else {"default": judges}
+        require(len(self.judges) > 0, "self_reward_prompt_config: no judge")
         self.text = TextFormat(tokenizer_encode, tokenizer_decode, chat_template, eos_id)
         if eos_id == EOS and tokenizer_encode is not encode:
             warnings.warn(f"{eos_id=} is the EOS of srlm's bytes; is it that of your tokenizer?")
@@ -2227,15 +2232,17 @@ class SelfRewardingTrainer:
     def _check(self):
         """Check whatever can be checked before any work."""
         vocab, eos_id = vocabulary_size(self.model), self.text.eos_id
-        limit, world_size = getattr(self.model, "max_seq_len", math.inf), rank_and_world_size()[1]
+        world_size = rank_and_world_size()[1]
         require(eos_id is None or 0 <= eos_id < vocab, f"eos_id={eos_id} is outside the model's "
                 f"vocabulary of {vocab}; with eos_id=None answers end by length")
         for stage, config in enumerate(self.configs):
             with stage_named(stage, config):
                 require(config.batch_size >= world_size, f"batch_size={config.batch_size} leaves "
                         f"some of {world_size} processes without an example")
-                for name in ("max_new_tokens", "max_judge_tokens"):
-                    value = getattr(config, name, 0)
+                judge_model = getattr(config, "rewarding_model", None) or self.model
+                writers = {"max_new_tokens": self.model, "max_judge_tokens": judge_model}
+                for name, writer in writers.items():
+                    value, limit = getattr(config, name, 0), getattr(writer, "max_seq_len", math.inf)
                     require(value < limit, f"{name} = {value} is not below max_seq_len = {limit}")
                 for name in datasets_of(config):
                     checked_data(config, name, self.model, self.text)
@@ -2696,9 +2703,11 @@ def ask(argv):
     text = TextFormat(chat_template=world.CHAT_TEMPLATE)
     answer = respond(model, [args.prompt], text, 128, temperature=args.temperature)[0]
     say(f"answer      {answer}")
-    found = judge(model, world.JUDGE, [args.prompt], [answer])
-    score = "none" if found.isnan() else f"{found.item():.1f} of 5"
-    say(f"own score   {score}")
+    own_score = "none"
+    with contextlib.suppress(ValueError):  # of a judge prompt that leaves no room to reply
+        found = judge(model, world.JUDGE, [args.prompt], [answer]).item()
+        own_score = "none" if math.isnan(found) else f"{found:.1f} of 5"
+    say(f"own score   {own_score}")
     with contextlib.suppress(ValueError):  # of a prompt that LetterWorld does not have
         points = world.points(args.prompt, answer)
         named = ", ".join(f"{name} {point}" for name, point in zip(world.POINTS, points))

@@ -1500,7 +1500,8 @@ NO_TEMPLATES = [
     (BOTH, "{{ reward }}{{ reward }}", "'{{ reward }}{{ reward }}' has more than one")]
 NO_REWARDS = [lambda x: x[:1], lambda x: torch.zeros(len(x), 2), lambda x: None, lambda x: "abc",
               lambda x: torch.tensor(x)[None]]
-NO_PICKS = [(-1, 0), (0, -1), (0, 4), (4, 0), (1, 1), (-4, -1), 3, (0, 1, 2), ("a", "b"), (0.5, 1)]
+NO_PICKS = [(-1, 0), (0, -1), (0, 4), (4, 0), (1, 1), (-4, -1), 3, (0, 1, 2), ("a", "b"), (0.5, 1),
+            ([1], 2)]
 NO_PROMPTS = ["sort", "sort a", "sort aa", "sort xyz", "dance ab", "", "sort ab c"]
 
 
@@ -1790,6 +1791,11 @@ NEW_NAMES = {"dpo_beta": "beta", "num_train_steps": "steps", "spin_λ": "lam"}  
     (KINDS, {}, dict(model=returning(lambda logits: logits[:, -1])), CONTRACT % "Tensor"),
     (["self-reward"], dict(max_new_tokens=20), SHORT_MODEL, ROOM % "max_new_tokens"),
     (["self-reward"], dict(max_judge_tokens=20), SHORT_MODEL, ROOM % "max_judge_tokens"),
+    (["self-reward"], dict(max_judge_tokens=9, rewarding_model=limited(Tiny(), 9)), {},
+     "max_judge_tokens = 9 is not below max_seq_len = 9"),
+    (["sft"], dict(steps=1.5), {}, "steps = 1.5 is not whole"),
+    (["dpo"], dict(pair_dataset=None), {}, "pair_dataset is a NoneType"),
+    (["sft"], {}, dict(self_reward_prompt_config={}), "no judge"),
     (["self-reward"], dict(prompt_dataset=["b", "c" * 20], max_judge_tokens=9), SHORT_MODEL,
      "prompt_dataset: item 1 has 2[0-9] tokens.*max_seq_len=20"),
     (["self-reward"], dict(reward_config="other"), dict(self_reward_prompt_config={"one": JUDGE}),
@@ -3013,9 +3019,11 @@ def test_ask_answers_scores_and_tells_the_truth(job, capsys):
     each = ", ".join(map("{} {}".format, WORLD.POINTS, points))
     assert said["true score"] == f"{sum(points)} of 5: {each}"
     assert re.fullmatch(r"\d\.\d of 5|none", said["own score"]) and said["it learned"] == "sort"
-    srlm.main(["ask", path, "what else?"])
-    said = capsys.readouterr().out
-    assert "answer" in said and "own score" in said and "true score" not in said
+    for prompt in ("what else?", "x" * 249):  # the second leaves the judge no room to reply
+        srlm.main(["ask", path, prompt])
+        said = capsys.readouterr().out
+        assert "answer" in said and "own score" in said and "true score" not in said
+    assert "none" in said
 
 
 # 15. Several processes ----------------------------------------------------------------------------
