@@ -2242,7 +2242,8 @@ class SelfRewardingTrainer:
                 judge_model = getattr(config, "rewarding_model", None) or self.model
                 writers = {"max_new_tokens": self.model, "max_judge_tokens": judge_model}
                 for name, writer in writers.items():
-                    value, limit = getattr(config, name, 0), getattr(writer, "max_seq_len", math.inf)
+                    value = getattr(config, name, 0)
+                    limit = getattr(writer, "max_seq_len", math.inf)
                     require(value < limit, f"{name} = {value} is not below max_seq_len = {limit}")
                 for name in datasets_of(config):
                     checked_data(config, name, self.model, self.text)
