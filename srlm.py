@@ -1,20 +1,20 @@
 r"""Self-Rewarding Language Models: the whole training loop in one file.
 
-A language model writes several answers to each prompt, grades them itself, and is trained to give
-more probability to the answer it graded best and less to the one it graded worst. Repeated, this
+A language model writes several answers to each prompt, grades them itself, and is trained to raise
+the probability of the answer it graded best, relative to the one it graded worst. Repeated, this
 makes its answers better than the demonstrations it learned from, as long as its grades are right
 more often than wrong.
 
     M0   stands in for a pretrained model: trained from random weights on demonstrations, prompts
          and answers alike
-    M1   M0 after supervised fine-tuning (SFT) on demonstrations and on examples of grading
+    M1   M0 after supervised fine-tuning (SFT) on demonstrations and on gradings by a program
     M2   M1 after DPO (section 5: a loss on pairs of answers) on pairs that M1 wrote and graded
     M3   M2 after DPO on pairs that M2 wrote and graded
 
 The loop in pseudocode, simplified, with the function names and sections of this file:
 
     fit(model, sft_objective(demonstrations, the prompts included))      # M0          sections 3, 8
-    fit(model, sft_objective(demonstrations + examples of grading))      # M1
+    fit(model, sft_objective(demonstrations + gradings))                 # M1: answers only
     for each round:                                                      # M2, M3      section 9
         for each prompt:                                                 #             section 7
             answers = sample(model, the prompt, n_candidates times)      # write       section 4
@@ -25,12 +25,13 @@ The loop in pseudocode, simplified, with the function names and sections of this
             ref_rejected = sequence_logprobs(model, prompt + rejected)   #             section 5
         for each batch of pairs:                                         # minimise    section 8
             policy_chosen, policy_rejected = the same for the batch, with gradients
-            loss = dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-            loss = loss - 0.1 log p(chosen) + 4 sft_loss(a batch of the examples of grading)
+            loss = dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=1)
+            loss = loss - 0.1 policy_chosen + 4 sft_loss(a batch of the gradings)
             one step of AdamW
 
 The reference is the model as it was when the round began; the policy is the model in training. The
-last two terms of the loss keep it from drifting, and from forgetting how to judge (sections 8, 11).
+last two terms of the loss keep the policy from drifting and from forgetting how to judge (sections
+8 and 11).
 To run it:
 
     python srlm.py              # M0 to M3 on a CPU in two to three minutes, and a table
@@ -69,8 +70,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
-# So that two runs at once on one machine take about twice as long as one, not ten times: idle
-# threads of torch sleep. It has to be set before torch is imported.
+# So that two runs at once on one machine take about twice as long as one, not ten times: torch's
+# idle threads sleep. It has to be set before torch is imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="1000")
 
@@ -97,7 +98,7 @@ def require(condition, message):
 # 1. The task --------------------------------------------------------------------------------------
 # Whether the loop works is easiest to see where a program can score every answer exactly, as in
 # this letter world. An answer has five POINTS, 0 or 1 each; their sum is its TRUE SCORE. A
-# VERDICT is the text in which a judge gives points and score. A REWARD is the score that it gave.
+# VERDICT is the text in which a judge gives points and score. A REWARD is a judge's score.
 #
 # The task has what the loop needs. The demonstrations are mediocre, so there is something to gain.
 # A model that imitates them writes answers of varying quality, so there is something to choose
@@ -132,12 +133,12 @@ class LetterTask:
 
     POINTS = ("polite", "relevant", "complete", "ordered", "full stop")
     CHAT_TEMPLATE = "> {{ prompt }}\n"  # what the model sees before it answers: "> sort dbca\n"
-    JUDGE: RewardConfig  # what it sees before it grades: "? sort dbca\nSure: abcd.\n"; section 6
+    JUDGE: RewardConfig  # set in section 6. It sees "? sort dbca\nSure: abcd.\n" before it grades
     max_new_tokens = 16  # of an answer: "Sure: ", up to 8 letters, ".", and a token for the end
     letters = "abcdefgh"
 
     def target(self, prompt):
-        """The letters of the perfect answer. ValueError if it is no prompt of the task.
+        """The letters of the perfect answer. ValueError if it is not a prompt of the task.
 
         >>> LetterTask().target("reverse dbca")
         'acbd'
@@ -150,9 +151,9 @@ class LetterTask:
         return INSTRUCTIONS[name](letters)
 
     def points(self, prompt, response):
-        """Five points, 0 or 1 each; each can be lost while the other four are kept. "Ordered": two
-        or more letters stand in the order of the perfect answer, none twice. (Other characters do
-        not matter here; they cost the point "relevant".)"""
+        """Five points, 0 or 1 each; with three letters or more, each can be lost alone. "Ordered":
+        two or more letters of the prompt occur, each once, in the order of the perfect answer.
+        (Other characters do not matter for this point; they cost "relevant".)"""
         target = self.target(prompt)
         body = response.removeprefix("Sure: ").removesuffix(".")
         places = [target.index(letter) for letter in body if letter in target]
@@ -182,7 +183,7 @@ PAD = -1  # not a token: marks the empty places of a batch; replaced before any 
 
 
 def encode(text):
-    """The UTF-8 bytes of a text. (A lone surrogate, which is not a character, becomes "?".)
+    """The UTF-8 bytes of a text. (What UTF-8 cannot encode becomes "?".)
 
     >>> encode("abé")
     [97, 98, 195, 169]
@@ -191,8 +192,8 @@ def encode(text):
 
 
 def decode(ids):
-    """The text of token ids. Drops what is no byte, such as EOS and PAD, and never raises: invalid
-    UTF-8 becomes U+FFFD.
+    """The text of token ids. Drops ids that are not bytes, such as EOS and PAD. Never raises:
+    invalid UTF-8 becomes U+FFFD.
 
     >>> decode([97, 98, EOS, PAD])
     'ab'
@@ -235,7 +236,7 @@ class TextFormat:
     (tensor([ 62,  32, 104, 105,  58, 121, 111, 256]), 5)
     """
 
-    # Two functions stored in the instance, so self.encode(text) passes no self.
+    # Plain functions in fields, not methods: self.encode(text) passes no self.
     encode: Callable[[str], Sequence[int] | Tensor] = encode
     decode: Callable[[Tensor], str] = decode
     chat_template: str = "{{ prompt }}"
@@ -295,15 +296,15 @@ class ModelConfig:
 
     def __post_init__(self):
         require(self.dim % (2 * self.heads) == 0, f"ModelConfig: dim={self.dim} is not a multiple "
-                f"of 2 * heads={2 * self.heads}, because Block turns pairs of features")
+                f"of 2 * heads={2 * self.heads}, because Block rotates pairs of features")
 
 
 class Block(nn.Module):
     """Attention, then an MLP. Each reads a normalised copy of x and adds its result to x.
 
     x (B, T, D) -> (B, T, D). Positions enter by RoPE: each pair of neighbouring features of q and k
-    is turned by an angle that grows with the position. rotations (T, D/(2H), 2) holds the cosines
-    and sines (1 and 0: no turn).
+    is rotated by an angle that grows with the position. rotations (T, D/(2H), 2) holds the cosines
+    and sines of these angles (1 and 0: no rotation).
 
     >>> block, no_rotation = Block(ModelConfig(dim=8)), torch.tensor([1.0, 0.0])
     >>> block(torch.zeros(1, 3, 8), rotations=no_rotation.expand(3, 2, 2)).shape
@@ -324,9 +325,10 @@ class Block(nn.Module):
     def forward(self, x, rotations):
         qkv = self.to_qkv(self.attention_norm(x))  # (B, T, 3D)
         qkv = rearrange(qkv, "b t (n h d) -> n b h t d", n=3, h=self.heads)  # (3, B, H, T, D/H)
-        # RoPE (arXiv:2104.09864): two neighbouring features are one complex number, turned by w
-        # times the position of its token (w: a constant of the pair). A pair a of a query at s and
-        # b of a key at t have the dot product a1 b1 + a2 b2 = Re( a conj(b) ). It becomes
+        # RoPE (arXiv:2104.09864): two neighbouring features are one complex number. At position t
+        # it is multiplied by e^(i t w), where w is a constant of the pair. Take the pair
+        # a = a1 + i a2 of a query at s, and b of a key at t. Their dot product a1 b1 + a2 b2 is
+        # Re( a conj(b) ). It becomes
         #     Re( a e^(i s w) conj(b e^(i t w)) ) = Re( a conj(b) e^(i (s - t) w) )
         # so attention depends on the distance s - t alone.
         precise = torch.promote_types(x.dtype, torch.float32)  # bfloat16 has no complex numbers
@@ -341,8 +343,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A small decoder that fulfils the contract. `generator` draws its initial weights.
 
-    Like GPT-NeoX, but the MLP comes after attention, all features are turned, and there are no
-    biases. ValueError if a row is longer than max_seq_len.
+    Blocks as in GPT-2, with RoPE and without biases. ValueError if a row exceeds max_seq_len.
 
     >>> model = Transformer(ModelConfig(dim=8, depth=1))
     >>> model(torch.tensor([encode("sort")])).shape                        # (B, T) -> (B, T, V)
@@ -410,8 +411,8 @@ def top_k(logits, k):
 
 
 def top_p(logits, p):
-    """Nucleus sampling (arXiv:1904.09751): from the most likely token down, keep as few tokens as
-    add up to a probability of at least p, and at least one. (B, V) -> (B, V). p=1 keeps all.
+    """Nucleus sampling (arXiv:1904.09751): from the most likely token down, keep the fewest tokens
+    whose probabilities add up to at least p, and at least one. (B, V) -> (B, V). p=1 keeps all.
 
     ValueError unless 0 <= p <= 1.
 
@@ -440,10 +441,10 @@ def last_logits(model, ids):
     >>> last_logits(uniform, torch.tensor([[1, 2], [1, PAD]])).shape
     torch.Size([2, 3])
     """
-    ids, number = ids.unique(dim=0, return_inverse=True)  # row i of the input is ids[number[i]]
+    ids, inverse = ids.unique(dim=0, return_inverse=True)  # row i of the input: ids[inverse[i]]
     lengths = (ids != PAD).sum(dim=1)
     logits = [None] * len(ids)
-    for rows in pieces_by_tokens(lengths.tolist()):  # row numbers
+    for rows in pieces_by_tokens(lengths.tolist()):  # numbers of rows of similar length
         n = lengths[rows]
         piece = ids[rows, : int(n.max())].clamp(min=0)  # PAD becomes 0; a causal model ignores it
         if hasattr(model, "next_token_logits"):
@@ -452,7 +453,7 @@ def last_logits(model, ids):
             found = model(piece)[torch.arange(len(n), device=n.device), n - 1]
         for row, values in zip(rows, found):
             logits[row] = values
-    return torch.stack(logits)[number]
+    return torch.stack(logits)[inverse]
 
 
 def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None, eos_id=EOS,
@@ -486,7 +487,7 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
     if not rows:
         return []
     device = device_of(model)  # where its weights are, such as "cpu" or "cuda"
-    noise = torch.rand(len(rows), max_new_tokens, generator=generator).to(device)  # 1 per draw
+    noise = torch.rand(len(rows), max_new_tokens, generator=generator).to(device)  # one per draw
     lengths = torch.tensor([len(row) for row in rows], device=device)
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
     ids = F.pad(ids, (0, max_new_tokens), value=PAD).to(device)  # (B, T + new)
@@ -542,16 +543,16 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 #
 # What DPO wants. We have two responses to a prompt x, and somebody preferred the "chosen" one. The
 # obvious loss, -log p(chosen) + log p(rejected), pushes the rejected response towards probability 0
-# with a force that never fades, and the model into nonsense. DPO starts from a goal that has an
-# optimum: maximise a reward r of responses y drawn from the policy pi, but pay beta for every nat
-# of log(pi / ref), where ref is the reference. (The values of r will not be needed, only which of
-# two responses has the higher one.)
+# with a force that never fades, and so drives the model into nonsense. DPO starts from a goal that
+# has an optimum: maximise the mean of some reward r(x, y) over the responses y that the policy pi
+# writes, minus beta times the mean of log(pi / ref), where ref is the reference. (In the end r
+# drops out. Only which response was preferred is needed.)
 #
 #     max_pi  sum over y of [ pi(y|x) r(x, y) - beta pi(y|x) log( pi(y|x) / ref(y|x) ) ]
 #
-# The second part is beta times the KL divergence, a measure of how far pi is from ref. Add
-# m(x) (1 - sum of pi), where the Lagrange multiplier m(x) keeps the sum of pi over y at 1, and set
-# the derivative by each pi(y|x) to zero:
+# The sum of pi log(pi / ref) is the KL divergence, a measure of how far pi is from ref. The pi(y|x)
+# must add up to 1 over y. So add m(x) (1 - sum of pi) to the goal, where m(x) is a Lagrange
+# multiplier, and set the derivative with respect to each pi(y|x) to zero:
 #
 #     r(x, y) - beta (log( pi(y|x) / ref(y|x) ) + 1) - m(x) = 0
 #
@@ -561,12 +562,13 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 #     pi(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x)
 #     r(x, y) = beta log( pi(y|x) / ref(y|x) ) + beta log Z(x)       the same, solved for the reward
 #
-# Now backwards: any policy pi, also the one in training, is the optimum for some reward, namely
-# beta log(pi / ref) + a term of x alone, its IMPLICIT REWARD. Assume (Bradley-Terry) that y1 is
-# preferred to y2 with probability sigmoid(r(x, y1) - r(x, y2)); the term of x cancels. So fit
-# this reward to the preferences that we have seen, by changing pi. Whatever reward that gives, pi
-# is already its optimum of the goal, so r itself is never computed. The loss is minus the logarithm
-# of the probability of the preferences,
+# Now read the last line backwards. Every policy pi, also the one in training, is the optimum of the
+# goal for one reward: beta log(pi / ref), up to a term of x alone. Call it the IMPLICIT REWARD of
+# pi. So instead of fitting a reward to the preferences and then looking for its optimal policy, we
+# change pi until its implicit reward explains the preferences; pi is then optimal for that reward.
+# To explain means (Bradley-Terry): y1 is preferred to y2 with probability
+# sigmoid(r(x, y1) - r(x, y2)). The term of x cancels in the difference. The loss is minus the log
+# of this probability, where y1 is the chosen response and y2 the rejected one:
 #
 #     -log sigmoid( beta log( pi(y1|x) / ref(y1|x) ) - beta log( pi(y2|x) / ref(y2|x) ) )
 #
@@ -581,7 +583,7 @@ def row_lengths(ids, pad_id):
     tensor([2])
     """
     place = torch.arange(1, ids.shape[1] + 1, device=ids.device)  # (T,)
-    return ((ids != pad_id) * place).amax(dim=1)  # the last place that holds no pad_id
+    return ((ids != pad_id) * place).amax(dim=1)  # the last place that is not pad_id
 
 
 def token_logprobs(model, ids, pad_id=PAD):
@@ -620,8 +622,8 @@ def sequence_logprobs(model, ids, prompt_lens, pad_id=PAD):
 
         log p(y | x) = sum_t log p(y_t | x, y_<t)                            the chain rule
 
-    DPO is derived for this sum. Dividing it by the number of tokens, as some code does, gives a
-    number that is not the log of any probability, and the derivation breaks.
+    DPO is derived for this sum. Divided by the number of tokens, as in some code, it is no longer
+    log p(y | x), and the derivation breaks.
 
     >>> uniform = lambda ids: torch.zeros(*ids.shape, VOCAB_SIZE)
     >>> ids = torch.tensor([[5, 6, 7, EOS, PAD]])              # prompt 5 6, response 7 EOS
@@ -637,7 +639,7 @@ def sft_loss(model, ids, prompt_lens, pad_id=PAD):
     """Supervised fine-tuning: mean of -log p over all response tokens of a batch; scalar, in nats.
 
     The mean is over tokens and not over rows. It is zero, with zero gradient, if no row has a
-    response. (fit(), in section 8, uses the same as a sum and a count.)
+    response. (fit(), in section 8, divides the same sum by the same count.)
 
     >>> uniform = lambda ids: torch.zeros(*ids.shape, VOCAB_SIZE)
     >>> sft_loss(uniform, torch.tensor([[5, 6, 7, EOS, PAD]]), torch.tensor([2]))     # ln 257
@@ -691,9 +693,9 @@ class RewardConfig:
     """How to ask a judge for a score, and how to read the score from its reply.
 
     prompt_template: the judge prompt, with {{ prompt }} and {{ response }}.
-    reward_regex_template: what a verdict looks like: literal text with one {{ reward }}. (It is
-    not a regular expression, whatever its name says. parse() is lenient and takes the last one.)
-    parse_reward: a function reply -> score or None of your own, instead of that template.
+    reward_regex_template: what a verdict looks like: literal text with one {{ reward }}. (Despite
+    the name, it is not a regular expression.)
+    parse_reward: your own function from a reply to a score or None, instead of that template.
     reward_range: (lowest, highest) score; a score outside counts as none.
     ValueError for a template with missing or unknown variables, or with {{ reward }} twice.
 
@@ -728,6 +730,7 @@ class RewardConfig:
         Case, the amount of white space, Markdown emphasis, and one opening bracket or quote before
         the number do not matter; white space between literal text and the number may be missing.
         """
+        # last_number, in section 13, finds the number at {{ reward }} in the last verdict.
         parse = self.parse_reward or functools.partial(last_number, self.reward_regex_template)
         score = parse(reply)
         if score is None or not math.isfinite(score):
@@ -736,8 +739,9 @@ class RewardConfig:
         return score if low <= score <= high else None
 
 
-# For a real chat model: put this prompt into your model's chat format. The judge of [1], which was
-# asked to add up points as here, ordered 65 % of the pairs of answers as people do.
+# For a real chat model: put this prompt into your model's chat format. In [1], a model that was not
+# trained to judge ordered 65 % of the pairs of answers as people do when it was asked to add up
+# points, as here, and 27 % when it was asked to choose one of five grades.
 DEFAULT_REWARD_CONFIG = RewardConfig(
     prompt_template="""
     Below are a user's request and an assistant's answer. Grade the answer by adding up points,
@@ -771,7 +775,7 @@ def judge(model, reward_config, prompts, responses, *, encode=encode, decode=dec
 
     Each response is judged n_samples times (3 in [1]), and the valid scores are averaged. Only the
     reply is parsed, so a "Score: 5" inside a response is never taken for the score.
-    encode, decode, eos_id: the judge's. (A judge prompt has no chat template around it.)
+    encode, decode, eos_id: of the judging model. (A judge prompt has no chat template around it.)
 
     ValueError: unequal numbers of prompts and responses, or a judge prompt that leaves the model no
     room to reply.
@@ -802,7 +806,7 @@ def judge(model, reward_config, prompts, responses, *, encode=encode, decode=dec
 
 class PreferencePair(NamedTuple):
     """Token ids of one prompt and two responses, their rewards, and their log-probabilities under
-    the frozen reference model, which with_reference_logprobs (section 8) fills in."""
+    the reference, filled in by with_reference_logprobs (section 8)."""
 
     prompt: Tensor  # 1-D, inside the chat template
     chosen: Tensor  # 1-D, with EOS if it ended
@@ -828,9 +832,9 @@ def pick_best_worst(rewards):
 
 
 def make_pair(prompt, candidates, rewards, pick_pair=pick_best_worst, is_valid_pair=None):
-    """(outcome, pair) of the N candidates of a prompt. The outcome is "pairs", a key of the counts,
-    or why the pair is None: "unparsed" if fewer than two candidates have a reward, "tied" if the
-    picker found no two, "invalid" if both have the same tokens, or if is_valid_pair refuses them.
+    """(outcome, pair) of the N candidates of a prompt. The outcome is "pairs" if there is one, else
+    the reason why the pair is None: "unparsed" if fewer than two candidates have a reward, "tied"
+    if the picker found no two, "invalid" if their tokens are equal or is_valid_pair refuses them.
 
     >>> make_pair(torch.tensor([7]), torch.tensor([[8], [9]]), torch.tensor([1.0, 1.0]))
     ('tied', None)
@@ -852,9 +856,9 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
                          **sampling):
     """Write N candidates for each prompt, reward them, and pick one pair of each prompt.
 
-    One call of reward_fn gets all N candidates of each of P prompts. It returns P * N numbers in
-    a list, array or tensor, NaN where it has no opinion.
-    n_pairs: stop when there are so many. There is never more than one pass over the prompts.
+    One call of reward_fn gets the N candidates of each of the P prompts of a chunk. It returns
+    P * N numbers in a list, array or tensor, NaN where it has no opinion.
+    n_pairs: stop at this many. There is never more than one pass over the prompts.
     is_valid_pair(chosen_reward, rejected_reward): see make_pair.
     sampling: max_new_tokens, temperature, logit_filter of sample(). All draws follow from the seed.
 
@@ -891,7 +895,8 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
     # parallel_map is the lazy map(), except that several processes would share the chunks.
     found = parallel_map(write_reward_and_pick, list(enumerate(chunks)), "writing, judging")
     source = f"{len(prompts)} prompts with {n_candidates} candidates each"
-    return counted_pairs(found, n_pairs, source, reward_fn)  # stops at n_pairs, or complains
+    # Count the outcomes; stop at n_pairs. If there is no pair, quote what reward_fn has replied.
+    return counted_pairs(found, n_pairs, source, reward_fn)
 
 
 # 8. Training --------------------------------------------------------------------------------------
@@ -899,8 +904,8 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
 # minimises a weighted sum of objectives, each with its own examples:
 #     SFT         -log p of response tokens, for demonstrations
 #     preference  dpo_loss or spin_loss of pairs, optionally plus -log p of the chosen response
-# An objective returns a SUM of losses and a COUNT; the loop divides. (Where several processes share
-# a batch, by their total count: a mean of means would weight tokens unequally.)
+# An objective returns a SUM of losses and a COUNT; the loop divides one by the other. (If several
+# processes share a batch, by their total count: a mean of means would weight tokens unequally.)
 
 
 class Objective(NamedTuple):
@@ -925,10 +930,11 @@ def collate(items, device):
 
 
 def sft_objective(items, weight=1.0):
-    """sft_loss as a sum and a count of tokens.
+    """-log p of the responses, as a sum over a batch and a count of its tokens.
 
     >>> model = Transformer(ModelConfig(dim=8, depth=1))
-    >>> sft_objective([]).loss(model, [(torch.tensor([5, 6, 7]), 1)])[1]        # two tokens
+    >>> items = [(torch.tensor([5, 6, 7]), 1)]
+    >>> sft_objective(items).loss(model, items)[1]         # the response has two tokens
     tensor(2)
     """
     def loss(model, batch):
@@ -941,7 +947,7 @@ def sft_objective(items, weight=1.0):
 def pair_logprobs(model, pairs):
     """log p(chosen | prompt) and log p(rejected | prompt) of each pair: (B,) each, in nats.
 
-    >>> uniform = nn.Embedding.from_pretrained(torch.zeros(257, 257))      # ids -> logits 0
+    >>> uniform = nn.Embedding.from_pretrained(torch.zeros(257, 257))    # a model of logits 0
     >>> pair_logprobs(uniform, [PreferencePair(*torch.tensor([[7], [8], [9]]))])     # ln(1/257)
     (tensor([-5.5491]), tensor([-5.5491]))
     """
@@ -956,9 +962,9 @@ def preference_objective(pairs, loss_fn, nll_weight=0.0):
 
         L = loss_fn(...) - nll_weight * log p(chosen)      after Eq. 1 of [5]
 
-    Why the second term: DPO asks only that the chosen response gains on the rejected one. Both may
-    lose probability to text that occurs in no pair. ([5] divides log p(chosen) by its number of
-    tokens; here it is the sum.)
+    Why the second term: DPO asks only that the chosen response gains relative to the rejected one.
+    Both may lose probability to text that occurs in no pair. ([5] divides log p(chosen) by its
+    number of tokens; here it is the sum.)
 
     >>> uniform = nn.Embedding.from_pretrained(torch.zeros(257, 257))      # ids -> logits 0
     >>> pairs = with_reference_logprobs(uniform, [PreferencePair(*torch.tensor([[7], [8], [9]]))])
@@ -973,20 +979,21 @@ def preference_objective(pairs, loss_fn, nll_weight=0.0):
             chosen, rejected, ref_chosen, ref_rejected)
         losses = losses - nll_weight * chosen
         return losses.sum(), len(batch), {
-            # How often the chosen gained more than the rejected. It says nothing of the judge.
+            # Of implicit rewards, not the judge's: how often the chosen gained more, and how much.
             "reward_accuracy": (implicit_chosen > implicit_rejected).sum(),
             "reward_margin": (implicit_chosen - implicit_rejected).sum(),
-            "chosen_logprob": (chosen - ref_chosen).detach().sum(),  # change since the stage began
+            # The log-probabilities are changes since the stage began.
+            "chosen_logprob": (chosen - ref_chosen).detach().sum(),
             "rejected_logprob": (rejected - ref_rejected).detach().sum()}
     return Objective(pairs, loss)
 
 
 def with_reference_logprobs(model, pairs):
-    """Freeze the reference: the pairs, as pieces_by_tokens sorts them (fit shuffles them), with
-    ref_chosen and ref_rejected under the model as it is now.
+    """Freeze the reference: fill in ref_chosen and ref_rejected, under the model as it is now.
 
-    DPO needs nothing else of its reference, so no second model is kept. Pairs go through the model
-    in pieces of about 4,096 tokens, because the logits of a piece take V numbers a token.
+    DPO needs nothing else of its reference, so no second model is kept. Pairs are sorted by length
+    and go through the model in pieces of about 4,096 tokens, because the logits of a piece take V
+    numbers per token. They come back in that order; fit shuffles them anyway.
 
     >>> uniform = nn.Embedding.from_pretrained(torch.zeros(257, 257))
     >>> pair = PreferencePair(*torch.tensor([[7], [8], [9]]))
@@ -1027,7 +1034,7 @@ def shuffled_batches(examples, batch_size, generator, size=lambda example: 0):
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """What concerns the updates of a stage, of whatever kind; the kinds are in section 9.
+    """Settings for the updates of a stage of any kind; the kinds are in section 9.
     ValueError for a value that makes no sense.
 
     >>> StageConfig(steps=0)
@@ -1044,7 +1051,7 @@ class StageConfig:
     weight_decay: float = 0.0  # of AdamW
     max_grad_norm: float = 1.0  # gradient clipping: longer gradients are scaled to this length
     checkpoint_every: int | None = None  # updates between checkpoints; None: only one, at the end
-    replay_dataset: Any = None  # items (ids, prompt_len) to rehearse, against forgetting
+    replay_dataset: Any = None  # items (ids, prompt_len) mixed into each update; section 11
     replay_weight: float = 1.0  # weight of their sft_loss
     # Early stopping, which the recipe does not use:
     eval_fn: Callable[[nn.Module], Any] | None = None  # the weights with its best value are kept
@@ -1101,7 +1108,7 @@ def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
         for objective, stream in zip(objectives, batches):
             batch = next(stream)[rank::world_size]  # the share of this process
             loss_sum, count, metric_sums = objective.loss(model, batch)
-            count = sum_over_processes(count)  # so the losses of all processes add up to the mean
+            count = sum_over_processes(count)  # so that the shares add up to the mean
             loss = loss + objective.weight * loss_sum / count
             metrics |= {name: value / count for name, value in metric_sums.items()}
         loss.backward()
@@ -1128,7 +1135,7 @@ def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
 
 
 class Context(NamedTuple):
-    """What a stage is told beside the model."""
+    """What a stage is told besides the model."""
 
     text: TextFormat = TextFormat()
     judges: dict[str, RewardConfig] = {"default": DEFAULT_REWARD_CONFIG}  # a stage may name one
@@ -1153,7 +1160,7 @@ def minimise(model, objective, config, context):
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig(StageConfig):
-    """Supervised fine-tuning on items (ids, prompt_len). loss_on_prompt=True learns whole texts."""
+    """Supervised fine-tuning on items (ids, prompt_len). loss_on_prompt=True: prompts count too."""
 
     kind: ClassVar[str] = "sft"
     train_dataset: Any
@@ -1170,9 +1177,9 @@ class SFTConfig(StageConfig):
 class SelfPlayConfig(StageConfig):
     """SPIN [3]: prefer each demonstration to what the model answers when the stage begins.
 
-    A demonstration is preferred even where the model's own answer is better. So the demonstrations
-    are its fixed point: once the model writes as they do, chosen and rejected answers are alike,
-    and nothing is left to learn (Theorem 5.2 of [3]). A long round with a small lam goes past it.
+    A demonstration is preferred even where the model's own answer is better. So training ends at
+    the demonstrations: once the model writes as they do, chosen and rejected answers are alike, and
+    nothing is left to learn (Theorem 5.2 of [3]). A long round with a small lam overshoots them.
     """
 
     kind: ClassVar[str] = "spin"
@@ -1230,17 +1237,17 @@ class RewardStageConfig(StageConfig):
     nll_weight: float = 0.0
     max_epochs: float | None = 8
     n_candidates: int = 4  # N in [1]
-    n_pairs: int | None = None  # None: as many as come up; 3,964 and 6,942 in [1]
+    n_pairs: int | None = None  # None: as many as there are; 3,964 and 6,942 in [1]
     pick_pair: Callable = pick_best_worst
     is_valid_reward_pair: Callable[[float, float], bool] | None = None  # (chosen, rejected)
     pairs_file: Any = None  # a path: the pairs are saved there, to be looked at
     max_new_tokens: int = 64  # of an answer
-    temperature: float = 1.0  # of an answer; 0.7 in [1]; a small model has little variety to spare
+    temperature: float = 1.0  # of an answer; at the 0.7 of [1] a small model's are too alike
     logit_filter: Callable | None = None  # in [1]: lambda logits: top_p(logits, 0.9)
 
 
 def preference_round(model, reward_fn, config, context):
-    """One round of the loop turns M_t into M_{t+1}: write, judge, pair, freeze, minimise.
+    """One round of the loop turns M1 into M2, say: write, judge, pair, freeze, minimise.
 
     Returns what fit() returns, and the counts of generate_preferences.
 
@@ -1261,7 +1268,7 @@ def preference_round(model, reward_fn, config, context):
     if config.pairs_file is not None:
         # As JSON lines, written by one process.
         on_rank_zero(lambda: save_pairs(config.pairs_file, pairs, context.text))
-    # Freeze the reference: M_t.
+    # Freeze the reference: the model as it is now.
     pairs = with_reference_logprobs(model, pairs)
     # Minimise.
     loss_fn = functools.partial(config.loss_fn, beta=config.beta)
@@ -1307,7 +1314,7 @@ class ExternalRewardDPOConfig(RewardStageConfig):
 
 
 def run_stages(model, stages, context, first=0):
-    """The loop of the paper: each stage starts from the model that the one before has left.
+    """The loop of the paper: each stage starts from the model that the previous one has left.
 
     Yields a record after each stage; the model is changed in place, so it can be measured then. A
     run that is resumed begins with stage `first`.
@@ -1326,32 +1333,32 @@ def run_stages(model, stages, context, first=0):
 
 # 10. Measuring ------------------------------------------------------------------------------------
 # Two questions: how well does a model write, and how well does it judge? A third number is the one
-# to watch: if a model's own score of its answers grows away from the true score, the judge is being
-# fooled.
+# to watch, self_score: if a model's own score of its answers drifts away from the true score, the
+# judge is being fooled.
 
 
 def judging_metrics(truth, judged):
-    """How well `judged` follows `truth`, both (P, N) scores: the five columns of Table 4 in [1].
+    """How well `judged` follows `truth`, both (P, N) scores. After the columns of Table 4 in [1],
+    where best5 (of answers scored 5) and exact (of whole rankings) are defined differently.
 
     judge_pairwise   of all pairs of answers to one prompt with different true scores, the share
                      put in the right order; a tie of judged scores is half a hit
     judge_best5      share of the prompts whose favourite answer, the first one with the highest
-                     judged score, is one of the truly best ([1] has N = 5 answers)
+                     judged score, is one of the truly best
     judge_exact      share of the answers whose judged score, rounded, is the true score
     judge_spearman   correlation of the ranks of true and judged scores, mean over the prompts
     judge_kendall    Kendall's tau-b: (right - wrong pairs) / pairs, corrected for ties
 
-    A judged NaN ties with everything in pairs and ranks, and counts as a miss otherwise. A mean is
-    taken over the prompts for which the number is defined; None if there is no such prompt.
+    A judged NaN ties with everything in pairs and ranks, and counts as a miss otherwise. A prompt
+    for which a number is not defined does not count; the number is None if there is no other.
 
     >>> judging_metrics(np.array([[1, 2, 3]]), np.array([[1, 3, 2]]))["judge_pairwise"]
     0.6666666666666666
     """
     # true_sign[p, i, j] is 1, 0 or -1: is answer i to prompt p better than, as good as, or worse
-    # than answer j? You may skip the rest: a correlation is the cosine of vectors of mean 0, as
-    # signs are (i, j against j, i). That of the signs is Kendall's tau. Their sums over j are
-    # ranks, up to a shift and a factor (scores 1, 2, 3 give -2, 0, 2); that of the sums is
-    # Spearman's.
+    # than answer j? You may skip the rest. The cosine of the true and the judged signs is Kendall's
+    # tau. The sums of the signs over j are ranks, up to a shift and a factor (scores 1, 2, 3 give
+    # -2, 0, 2). The cosine of the true and the judged sums is Spearman's correlation.
     true_sign, judged_sign = (np.nan_to_num(np.sign(x[:, :, None] - x[:, None, :]))
                               for x in (truth, judged))
 
@@ -1387,11 +1394,10 @@ def measure(model, world, text, graded_answers, previous_scores):
     oracle_score, oracle_greedy: mean true score of drawn and of most likely answers; perfect_rate:
     share of drawn answers with 5; self_score: mean score that the model gives the drawn answers.
 
-    world: see section 11. graded_answers: a list of (prompt, answer, true score), five to a prompt,
+    world: see section 11. graded_answers: a list of (prompt, answer, true score), five per prompt,
     or None if the model cannot judge yet. previous_scores: the `scores` (P, 5) of the model before,
-    or None. The caller seeds torch's global generator. With your own data nobody knows a true
-    score: world.score is None, and graded_answers holds one answer to a prompt, graded by people,
-    or is an empty list.
+    or None. (With your own data nobody knows a true score: world.score is None, and graded_answers
+    holds one answer per prompt, graded by people, or is an empty list.)
 
     >>> world, model = LetterWorld(n_eval=1), Transformer(ModelConfig(dim=8, depth=1))
     >>> sorted(measure(model, world, TextFormat(), graded_answers=None, previous_scores=None))
@@ -1413,7 +1419,7 @@ def measure(model, world, text, graded_answers, previous_scores):
         found["self_score"] = None if math.isnan(self_score) else self_score
         if graded_answers:  # your own data may have no held-out example
             prompts, responses, truth = zip(*graded_answers)
-            # Where there is one answer a prompt, all answers are compared as if to one prompt.
+            # With one answer per prompt, all answers are compared as if to one prompt.
             shape = (-1, 5) if world.score else (1, -1)
             judged = grade(prompts, responses).numpy()
             found |= judging_metrics(np.reshape(truth, shape), np.reshape(judged, shape))
@@ -1421,7 +1427,7 @@ def measure(model, world, text, graded_answers, previous_scores):
 
 
 # 11. The recipe -----------------------------------------------------------------------------------
-# M0, M1, M2, M3. What the recipe needs of a world, LetterWorld or one of your own:
+# The recipe makes M0 to M3. What it needs of a world, LetterWorld or one of your own:
 #
 #     CHAT_TEMPLATE, JUDGE, max_new_tokens     formats; a verdict has at most MAX_VERDICT_TOKENS
 #     demonstrations(n)            -> [(prompt, answer)]       to learn to answer
@@ -1429,14 +1435,14 @@ def measure(model, world, text, graded_answers, previous_scores):
 #                                                              some answers; tidy: see Recipe
 #     prompts(n, purpose)          -> [prompt]                 for a later stage, named by purpose
 #     eval_prompts                    [prompt]                 held out of all the data above
-#     graded_answers(model)        -> [(prompt, answer, true score)]   five answers a prompt (or
+#     graded_answers(model)        -> [(prompt, answer, true score)]   five answers per prompt (or
 #                                                              one, where score is None)
 #     score(prompt, answer)        -> true score, 0 to 5; score = None if nobody knows it
 #
 # Two terms of the loss are not in [1]. Section 8 has the reason for the likelihood term. Why
 # REPLAY: a stage that trains on answers alone changes the weights that judge. Within a few rounds a
-# small model forgets how to judge, and so loses its reward. So later stages rehearse the judging
-# data of M1, whose verdicts a program wrote. That program grades nothing later; the model does.
+# small model forgets how to judge, and its rewards become noise. So later stages rehearse the
+# judging data of M1, whose verdicts a program wrote. That program grades nothing later.
 #
 # train() in section 18 puts this together, with files and a table:
 #     stages = recipe_stages(recipe, world, demonstrations, make_judgements)
@@ -1475,7 +1481,7 @@ class Recipe:
     judgements: int = setting(12000, 1500, "number of judgements; 1,630 in [1], for 70B")
     stage_prompts: int = setting(1000, 96, "prompts for a later stage; about 950 give a pair")
     eval_prompts: int = setting(200, 40, "held-out prompts, with five answers to each")
-    tidy: bool = setting(False, None, "to try: a judge trained without nonsense, which fools it")
+    tidy: bool = setting(False, None, "to try: judging data without nonsense, which then fools it")
 
 
 def recipe_stages(recipe, world, demonstrations, make_judgements):
@@ -1492,8 +1498,8 @@ def recipe_stages(recipe, world, demonstrations, make_judgements):
     text = TextFormat(chat_template=world.CHAT_TEMPLATE)
     items = [text.item(prompt, answer) for prompt, answer in demonstrations]
 
-    # Two data sets that are made when a stage begins. They ignore its model: M2 and M3 rehearse the
-    # judging data of M1.
+    # Two data sets that are made when a stage begins. The stage passes them its model, which they
+    # do not use: M2 and M3 rehearse the judging data of M1.
 
     def judging_items(model):
         """To learn to judge: items of a judge prompt (no chat template around it) and a verdict."""
@@ -1501,7 +1507,7 @@ def recipe_stages(recipe, world, demonstrations, make_judgements):
                 for prompt, answer, verdict in make_judgements()]
 
     def both(model):
-        """About four gradings to one demonstration; fit() shuffles them."""
+        """By default about four gradings to one demonstration; fit() shuffles them."""
         return items + judging_items(model) if make_judgements else items
 
     sft = dict(learning_rate=recipe.sft_learning_rate)
