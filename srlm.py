@@ -1059,10 +1059,6 @@ class StageConfig:
     eval_mode: str = "max"  # is the best value the largest ("max") or the smallest ("min")?
     patience: int | None = None  # evaluations without a new best that end the stage; None: never
 
-    def __new__(cls, **fields):
-        refuse_old_names(cls, fields)  # for users of an older package; skip this
-        return super().__new__(cls)
-
     def __post_init__(self):
         check_fields(self)
 
@@ -1982,10 +1978,14 @@ _OLD_NAMES = {"dpo_beta": "beta", "spin_λ": "lam", "num_train_steps": "steps",
               "max_seq_len": "max_new_tokens, without the prompt"}
 
 
-def refuse_old_names(cls, fields):
-    """Name the new word for a field of the older package."""
+def refuse_old_names(cls, **fields):
+    """Name the new word for a field of the older package: a __new__ for all stages."""
     for old in fields.keys() & _OLD_NAMES.keys():
         raise ValueError(f"{cls.__name__}: {old} is now {_OLD_NAMES[old]}; see README.md")
+    return object.__new__(cls)
+
+
+StageConfig.__new__ = refuse_old_names
 
 
 def check_fields(config):
