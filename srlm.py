@@ -14,7 +14,7 @@ more often than wrong.
 The loop in pseudocode, simplified, with the function names and sections of this file:
 
     fit(model, sft_objective(demonstrations, the prompts included))      # M0          sections 3, 8
-    fit(model, sft_objective(demonstrations + gradings))                 # M1: answers only
+    fit(model, sft_objective(demonstrations + gradings))                 # M1: no prompts
     for each round:                                                      # M2, M3      section 9
         for each prompt:                                                 #             section 7
             answers = sample(model, the prompt, n_candidates times)      # write       section 4
@@ -25,13 +25,13 @@ The loop in pseudocode, simplified, with the function names and sections of this
             ref_rejected = sequence_logprobs(model, prompt + rejected)   #             section 5
         for each batch of pairs:                                         # minimise    section 8
             policy_chosen, policy_rejected = the same for the batch, with gradients
-            loss = dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=1)
-            loss = loss - 0.1 policy_chosen + 4 sft_loss(a batch of the gradings)
+            losses = dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=1)
+            loss = mean(losses - 0.1 policy_chosen) + 4 sft_loss(a batch of the gradings)
             one step of AdamW
 
-The reference is the model as it was when the round began; the policy is the model in training. The
-last two terms of the loss keep the policy from drifting and from forgetting how to judge (sections
-8 and 11).
+The reference is the model as it was when the round began; the policy is the model in training. A
+larger beta keeps the policy closer to the reference. The last two terms of the loss keep it from
+drifting and from forgetting how to judge (sections 8 and 11).
 To run it:
 
     python srlm.py              # M0 to M3 on a CPU in two to three minutes, and a table
@@ -98,7 +98,7 @@ def require(condition, message):
 # 1. The task --------------------------------------------------------------------------------------
 # Whether the loop works is easiest to see where a program can score every answer exactly, as in
 # this letter world. An answer has five POINTS, 0 or 1 each; their sum is its TRUE SCORE. A
-# VERDICT is the text in which a judge gives points and score. A REWARD is a judge's score.
+# VERDICT is the text in which a judge gives points and score. A REWARD is a score to train with.
 #
 # The task has what the loop needs. The demonstrations are mediocre, so there is something to gain.
 # A model that imitates them writes answers of varying quality, so there is something to choose
@@ -116,7 +116,7 @@ INSTRUCTIONS = {
 class LetterTask:
     """Prompts such as "sort dbca", whose perfect answer is "Sure: abcd.".
 
-    One prompt, one sloppy answer, its five points, and its verdict, which is what a perfect judge
+    Below are the five points of a sloppy answer, and its verdict, which is what a perfect judge
     replies. A verdict lists the points before their sum, because a model that writes one token at
     a time can then decide one point at a time.
 
@@ -133,7 +133,7 @@ class LetterTask:
 
     POINTS = ("polite", "relevant", "complete", "ordered", "full stop")
     CHAT_TEMPLATE = "> {{ prompt }}\n"  # what the model sees before it answers: "> sort dbca\n"
-    JUDGE: RewardConfig  # set in section 6. It sees "? sort dbca\nSure: abcd.\n" before it grades
+    JUDGE: RewardConfig  # section 6: how to ask for a verdict, "? sort dbca\nSure: abcd.\n"
     max_new_tokens = 16  # of an answer: "Sure: ", up to 8 letters, ".", and a token for the end
     letters = "abcdefgh"
 
@@ -145,7 +145,7 @@ class LetterTask:
         """
         name, _, letters = prompt.partition(" ")
         is_known = name in INSTRUCTIONS and set(letters) <= set(self.letters)
-        are_different = 1 < len(letters) == len(set(letters))
+        are_different = len(set(letters)) == len(letters) > 1
         require(is_known and are_different, f"{prompt!r} is not one of {', '.join(INSTRUCTIONS)} "
                 f"and two or more different letters of {self.letters}")
         return INSTRUCTIONS[name](letters)
@@ -179,7 +179,7 @@ class LetterTask:
 EOS = 256  # end of sequence: the model has finished its answer; no text contains this id
 VOCAB_SIZE = 257
 PAD = -1  # not a token: marks the empty places of a batch; replaced before any model sees them
-# Functions that take a padded tensor have a parameter pad_id: other code may pad differently.
+# Functions for your own tensors have a parameter pad_id: other code may pad differently.
 
 
 def encode(text):
@@ -328,9 +328,9 @@ class Block(nn.Module):
         # RoPE (arXiv:2104.09864): two neighbouring features are one complex number. At position t
         # it is multiplied by e^(i t w), where w is a constant of the pair. Take the pair
         # a = a1 + i a2 of a query at s, and b of a key at t. Their dot product a1 b1 + a2 b2 is
-        # Re( a conj(b) ). It becomes
+        # Re( a conj(b) ). That of the multiplied pairs is
         #     Re( a e^(i s w) conj(b e^(i t w)) ) = Re( a conj(b) e^(i (s - t) w) )
-        # so attention depends on the distance s - t alone.
+        # so positions enter by their distance s - t alone.
         precise = torch.promote_types(x.dtype, torch.float32)  # bfloat16 has no complex numbers
         pairs = qkv[:2].to(precise).unflatten(-1, (-1, 2))  # q and k: (2, B, H, T, D/2H, 2)
         rotated = torch.view_as_complex(pairs) * torch.view_as_complex(rotations.to(precise))
@@ -364,7 +364,7 @@ class Transformer(nn.Module):
                     std /= (2 * config.depth) ** 0.5  # x is a sum of 2 * depth outputs; as in GPT-2
                 nn.init.normal_(weight, std=std, generator=generator)
         # Rotations e^(i t w) at position t, with w = 10000^(-2j / (D/H)) for pair j. Real and
-        # imaginary part are kept as two real numbers, because .to(bfloat16) would drop the latter.
+        # imaginary part are kept as two real numbers, since .to(bfloat16) drops imaginary parts.
         head_dim = config.dim // config.heads
         frequency = 10_000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)  # (D/2H,) radians
         angle = torch.arange(config.max_seq_len)[:, None] * frequency  # (max_seq_len, D/2H)
@@ -557,18 +557,18 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 #     r(x, y) - beta (log( pi(y|x) / ref(y|x) ) + 1) - m(x) = 0
 #
 # (d/dpi of pi log(pi / ref) is log(pi / ref) + 1.) Solve for log(pi / ref), which is
-# r / beta - (1 + m(x) / beta). With Z(x) = exp(1 + m(x) / beta), which does not depend on y:
+# r / beta - (1 + m(x) / beta). So the optimum is
 #
-#     pi(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x)
-#     r(x, y) = beta log( pi(y|x) / ref(y|x) ) + beta log Z(x)       the same, solved for the reward
+#     pi(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x),   where Z(x) = exp(1 + m(x) / beta) makes the
+#                                                      probabilities of all y add up to 1
 #
-# Now read the last line backwards. Every policy pi, also the one in training, is the optimum of the
-# goal for one reward: beta log(pi / ref), up to a term of x alone. Call it the IMPLICIT REWARD of
-# pi. So instead of fitting a reward to the preferences and then looking for its optimal policy, we
-# change pi until its implicit reward explains the preferences; pi is then optimal for that reward.
-# To explain means (Bradley-Terry): y1 is preferred to y2 with probability
-# sigmoid(r(x, y1) - r(x, y2)). The term of x cancels in the difference. The loss is minus the log
-# of this probability, where y1 is the chosen response and y2 the rejected one:
+# Now take any policy pi, also the one in training, and put r = beta log(pi / ref) into the formula
+# for the optimum: it gives back pi, with Z = 1. So every policy is the optimum for this reward, its
+# IMPLICIT REWARD. (A term of x alone may be added; it goes into Z.) Instead of fitting a reward to
+# the preferences and then looking for its optimal policy, we change pi until its implicit reward
+# explains the preferences; pi is then optimal for that reward. In the Bradley-Terry model, y1 is
+# preferred to y2 with probability sigmoid(r(x, y1) - r(x, y2)). The loss is minus the log of this
+# probability, where y1 is the chosen response and y2 the rejected one:
 #
 #     -log sigmoid( beta log( pi(y1|x) / ref(y1|x) ) - beta log( pi(y2|x) / ref(y2|x) ) )
 #
@@ -639,7 +639,7 @@ def sft_loss(model, ids, prompt_lens, pad_id=PAD):
     """Supervised fine-tuning: mean of -log p over all response tokens of a batch; scalar, in nats.
 
     The mean is over tokens and not over rows. It is zero, with zero gradient, if no row has a
-    response. (fit(), in section 8, divides the same sum by the same count.)
+    response. (fit(), in section 8, divides the same sum by the same count, which is not 0 there.)
 
     >>> uniform = lambda ids: torch.zeros(*ids.shape, VOCAB_SIZE)
     >>> sft_loss(uniform, torch.tensor([[5, 6, 7, EOS, PAD]]), torch.tensor([2]))     # ln 257
@@ -739,9 +739,9 @@ class RewardConfig:
         return score if low <= score <= high else None
 
 
-# For a real chat model: put this prompt into your model's chat format. In [1], a model that was not
-# trained to judge ordered 65 % of the pairs of answers as people do when it was asked to add up
-# points, as here, and 27 % when it was asked to choose one of five grades.
+# For a real chat model: put your model's chat format into this template, around the text. In [1], a
+# model that was not trained to judge ordered 65 % of the pairs of answers as people do when it was
+# asked to add up points, as here, and 27 % when it was asked to choose one of five grades.
 DEFAULT_REWARD_CONFIG = RewardConfig(
     prompt_template="""
     Below are a user's request and an assistant's answer. Grade the answer by adding up points,
@@ -832,9 +832,10 @@ def pick_best_worst(rewards):
 
 
 def make_pair(prompt, candidates, rewards, pick_pair=pick_best_worst, is_valid_pair=None):
-    """(outcome, pair) of the N candidates of a prompt. The outcome is "pairs" if there is one, else
-    the reason why the pair is None: "unparsed" if fewer than two candidates have a reward, "tied"
-    if the picker found no two, "invalid" if their tokens are equal or is_valid_pair refuses them.
+    """(outcome, pair) of the N candidates of a prompt. If there is a pair, the outcome is "pairs".
+    Else the pair is None, and the outcome is "unparsed" (the picker found no two, since fewer than
+    two candidates have a reward), "tied" (it found no two for another reason), or "invalid" (the
+    two have equal tokens, or is_valid_pair refuses them).
 
     >>> make_pair(torch.tensor([7]), torch.tensor([[8], [9]]), torch.tensor([1.0, 1.0]))
     ('tied', None)
@@ -902,10 +903,9 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
 # 8. Training --------------------------------------------------------------------------------------
 # One loop over updates serves all stages. (A stage turns one model into the next, M0 into M1.) It
 # minimises a weighted sum of objectives, each with its own examples:
-#     SFT         -log p of response tokens, for demonstrations
+#     SFT         -log p of response tokens, for demonstrations and verdicts
 #     preference  dpo_loss or spin_loss of pairs, optionally plus -log p of the chosen response
-# An objective returns a SUM of losses and a COUNT; the loop divides one by the other. (If several
-# processes share a batch, by their total count: a mean of means would weight tokens unequally.)
+# An objective returns a SUM of losses and a COUNT; the loop divides one by the other.
 
 
 class Objective(NamedTuple):
@@ -948,7 +948,9 @@ def pair_logprobs(model, pairs):
     """log p(chosen | prompt) and log p(rejected | prompt) of each pair: (B,) each, in nats.
 
     >>> uniform = nn.Embedding.from_pretrained(torch.zeros(257, 257))    # a model of logits 0
-    >>> pair_logprobs(uniform, [PreferencePair(*torch.tensor([[7], [8], [9]]))])     # ln(1/257)
+    >>> pair = PreferencePair(prompt=torch.tensor([7]), chosen=torch.tensor([8]),
+    ...                       rejected=torch.tensor([9]))
+    >>> pair_logprobs(uniform, [pair])                                     # ln(1/257) each
     (tensor([-5.5491]), tensor([-5.5491]))
     """
     items = [(torch.cat((pair.prompt, pair.chosen)), len(pair.prompt)) for pair in pairs]
@@ -1086,7 +1088,7 @@ def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
                                   fused=device_of(model).type in ("cpu", "cuda"))
     batches = [shuffled_batches(objective.examples, config.batch_size, generator, objective.size)
                for objective in objectives]
-    # An epoch is one pass over the examples of the first objective; those to rehearse do not count.
+    # An epoch is one pass over the examples of the first objective; replay does not count.
     steps, n_examples = config.steps, len(objectives[0].examples)
     if config.max_epochs is not None:
         steps = min(steps, math.ceil(config.max_epochs * n_examples / config.batch_size))
@@ -1104,7 +1106,9 @@ def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
         for objective, stream in zip(objectives, batches):
             batch = next(stream)[rank::world_size]  # the share of this process
             loss_sum, count, metric_sums = objective.loss(model, batch)
-            count = sum_over_processes(count)  # so that the shares add up to the mean
+            # By the total count, so that the shares of all processes add up to the mean. (A mean
+            # of their means would weight tokens unequally.)
+            count = sum_over_processes(count)
             loss = loss + objective.weight * loss_sum / count
             metrics |= {name: value / count for name, value in metric_sums.items()}
         loss.backward()
@@ -1134,7 +1138,7 @@ class Context(NamedTuple):
     """What a stage is told besides the model."""
 
     text: TextFormat = TextFormat()
-    judges: dict[str, RewardConfig] = {"default": DEFAULT_REWARD_CONFIG}  # a stage may name one
+    judges: dict[str, RewardConfig] = {"default": DEFAULT_REWARD_CONFIG}  # by name
     seed: int = 0
     after_update: Callable[[int], None] = lambda step: None  # called after each update
 
@@ -1225,7 +1229,7 @@ class DPOConfig(StageConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardStageConfig(StageConfig):
-    """Fields of SelfRewardDPOConfig and ExternalRewardDPOConfig, where answers are rewarded."""
+    """Fields of SelfRewardDPOConfig and ExternalRewardDPOConfig, in which answers get rewards."""
 
     prompt_dataset: Any  # prompts (str)
     beta: float = 0.1  # this and the next three as in DPOConfig
@@ -1238,7 +1242,7 @@ class RewardStageConfig(StageConfig):
     is_valid_reward_pair: Callable[[float, float], bool] | None = None  # (chosen, rejected)
     pairs_file: Any = None  # a path: the pairs are saved there, to be looked at
     max_new_tokens: int = 64  # of an answer
-    temperature: float = 1.0  # of an answer; at the 0.7 of [1] a small model's are too alike
+    temperature: float = 1.0  # of an answer. [1] has 0.7: too little variety for a small model
     logit_filter: Callable | None = None  # in [1]: lambda logits: top_p(logits, 0.9)
 
 
@@ -1278,7 +1282,7 @@ class SelfRewardDPOConfig(RewardStageConfig):
 
     kind: ClassVar[str] = "self-reward"
     rewarding_model: nn.Module | None = None  # None: the model itself; another model: as in [4]
-    reward_config: RewardConfig | str | None = None  # or a name in context.judges; None: the first
+    reward_config: RewardConfig | str | None = None  # or a name in context.judges; None: its first
     n_judge_samples: int = 3  # judgements of an answer
     max_judge_tokens: int = 160  # of a reply; the default judge explains before it gives the score
     judge_temperature: float = 0.7
@@ -1328,9 +1332,8 @@ def run_stages(model, stages, context, first=0):
 
 
 # 10. Measuring ------------------------------------------------------------------------------------
-# Two questions: how well does a model write, and how well does it judge? A third number is the one
-# to watch, self_score: if a model's own score of its answers drifts away from the true score, the
-# judge is being fooled.
+# Two questions: how well does a model write, and how well does it judge? Watch self_score as well:
+# if a model's own score of its answers drifts away from the true score, the judge is being fooled.
 
 
 def judging_metrics(truth, judged):
@@ -1353,8 +1356,8 @@ def judging_metrics(truth, judged):
     """
     # true_sign[p, i, j] is 1, 0 or -1: is answer i to prompt p better than, as good as, or worse
     # than answer j? You may skip the rest. The cosine of the true and the judged signs is Kendall's
-    # tau. The sums of the signs over j are ranks, up to a shift and a factor (scores 1, 2, 3 give
-    # -2, 0, 2). The cosine of the true and the judged sums is Spearman's correlation.
+    # tau. The sums of the signs over j are centred ranks, doubled (scores 1, 2, 3 give -2, 0, 2).
+    # The cosine of the true and the judged sums is Spearman's correlation.
     true_sign, judged_sign = (np.nan_to_num(np.sign(x[:, :, None] - x[:, None, :]))
                               for x in (truth, judged))
 
@@ -1387,8 +1390,8 @@ def head_to_head(scores, others):
 
 def measure(model, world, text, graded_answers, previous_scores):
     """What is measured after each stage: writing by the true score ("oracle"), judging against it.
-    oracle_score, oracle_greedy: mean true score of drawn and of most likely answers; perfect_rate:
-    share of drawn answers with 5; self_score: mean score that the model gives the drawn answers.
+    oracle_score, oracle_greedy: mean true score of drawn answers and of answers at temperature 0;
+    perfect_rate: share of drawn answers with 5; self_score: mean score that the model gives them.
 
     world: see section 11. graded_answers: a list of (prompt, answer, true score), five per prompt,
     or None if the model cannot judge yet. previous_scores: the `scores` (P, 5) of the model before,
@@ -1428,17 +1431,17 @@ def measure(model, world, text, graded_answers, previous_scores):
 #     CHAT_TEMPLATE, JUDGE, max_new_tokens     formats; a verdict has at most MAX_VERDICT_TOKENS
 #     demonstrations(n)            -> [(prompt, answer)]       to learn to answer
 #     judgements(n, model, tidy)   -> [(prompt, answer, verdict)]      to learn to judge; M0 writes
-#                                                              some answers; tidy: see Recipe
+#                                                              some answers; if tidy, no nonsense
 #     prompts(n, purpose)          -> [prompt]                 for a later stage, named by purpose
 #     eval_prompts                    [prompt]                 held out of all the data above
-#     graded_answers(model)        -> [(prompt, answer, true score)]   five answers per prompt (or
-#                                                              one, where score is None)
+#     graded_answers(model)        -> [(prompt, answer, true score)]   to measure judges; five per
+#                                                              prompt, or one if score is None
 #     score(prompt, answer)        -> true score, 0 to 5; score = None if nobody knows it
 #
-# Two terms of the loss are not in [1]. Section 8 has the reason for the likelihood term. Why
-# REPLAY: a stage that trains on answers alone changes the weights that judge. Within a few rounds a
+# Two terms of the loss are not in [1]: the likelihood term, for which section 8 has the reason, and
+# REPLAY. A stage that trains on answers alone changes the weights that judge. Within a few rounds a
 # small model forgets how to judge, and its rewards become noise. So later stages rehearse the
-# judging data of M1, whose verdicts a program wrote. That program grades nothing later.
+# judging data of M1. A program wrote their verdicts; it grades no answer that M2 or M3 learns from.
 #
 # train() in section 18 puts this together, with files and a table:
 #     stages = recipe_stages(recipe, world, demonstrations, make_judgements)
@@ -1457,10 +1460,11 @@ def setting(default, quick, reason):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every number of the recipe. The command line has a flag for each."""
+    """The numbers of the recipe; all others have the defaults of sections 3, 8 and 9. The command
+    line has a flag for each."""
 
     # name                        default  quick  what it is, and why this value
-    stages: str = setting("sft,self,self", None, "stages after M0, of sft, self, spin, external")
+    stages: str = setting("sft,self,self", None, "stages after M0: sft, self, spin, external")
     dim: int = setting(64, None, "width of the model; 128 is slower and no better here")
     depth: int = setting(4, None, "blocks of the model; comparing two words takes several")
     base_steps: int = setting(400, 60, "updates for M0, until its answers look like answers")
@@ -1477,7 +1481,7 @@ class Recipe:
     judgements: int = setting(12000, 1500, "number of judgements; 1,630 in [1], for 70B")
     stage_prompts: int = setting(1000, 96, "prompts for a later stage; about 950 give a pair")
     eval_prompts: int = setting(200, 40, "held-out prompts, with five answers to each")
-    tidy: bool = setting(False, None, "to try: judging data without nonsense, which then fools it")
+    tidy: bool = setting(False, None, "to try: judging data without nonsense, which fools it then")
 
 
 def recipe_stages(recipe, world, demonstrations, make_judgements):
@@ -1494,8 +1498,8 @@ def recipe_stages(recipe, world, demonstrations, make_judgements):
     text = TextFormat(chat_template=world.CHAT_TEMPLATE)
     items = [text.item(prompt, answer) for prompt, answer in demonstrations]
 
-    # Two data sets that are made when a stage begins. The stage passes them its model, which they
-    # do not use: M2 and M3 rehearse the judging data of M1.
+    # Two data sets that are made when a stage begins. A stage calls them with its model, which they
+    # do not use: M0 is the model of one stage only, and later ones rehearse the same data.
 
     def judging_items(model):
         """To learn to judge: items of a judge prompt (no chat template around it) and a verdict."""
@@ -1511,7 +1515,7 @@ def recipe_stages(recipe, world, demonstrations, make_judgements):
                  max_new_tokens=world.max_new_tokens, replay_weight=recipe.replay_weight,
                  replay_dataset=judging_items if make_judgements else None)
 
-    def dpo(index):  # what both kinds of DPO have; the prompts of each stage are drawn afresh
+    def dpo(index):  # what self and external share; the prompts of each stage are drawn afresh
         prompts = world.prompts(recipe.stage_prompts, f"stage {index}")
         return dict(prompt_dataset=prompts, beta=recipe.beta, nll_weight=recipe.nll_weight,
                     n_candidates=recipe.n_candidates, **later)
