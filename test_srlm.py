@@ -23,6 +23,7 @@ import os
 import re
 import time
 import types
+import warnings
 from collections import defaultdict
 from typing import NamedTuple
 from unittest import mock
@@ -553,6 +554,28 @@ def test_a_row_ends_at_eos(seed, rows, new):
 
 
 @grades("sample")
+def test_without_eos_a_row_ends_by_its_length():
+    """With eos_id=None, 256 is a token like any other; by default it ends a row."""
+    following = torch.arange(1, 258).clamp(max=256)  # after token i comes i + 1, and 256 after 256
+    model = nn.Embedding.from_pretrained(torch.eye(257)[following])
+    draw = lambda **how: srlm.sample(model, [[254]], max_new_tokens=4, temperature=0, **how)[0]
+    same(draw(), torch.tensor([255, 256]), of="tokens after 254")
+    same(draw(eos_id=None), torch.tensor([255, 256, 256, 256]), of="tokens if eos_id is None")
+
+
+@grades("sample")
+def test_chance_comes_from_the_generator():
+    """Equal generators give equal draws, others give others, and equal prompts other answers."""
+    model, how = HashModel(5, 3), dict(max_new_tokens=30, eos_id=None)
+    draw = lambda **chance: plain(srlm.sample(model, [[1]] * 2, **how, **chance))
+    one, again, other = (draw(generator=generator(seed)) for seed in (0, 0, 1))
+    same(again, one, of="draws from an equal generator")
+    assert one != other, "two generators with other seeds give the same draws"
+    assert one[0] != one[1], "two equal prompts have the same answer"
+    assert draw() != draw(), "without a generator, a second call draws the same again"
+
+
+@grades("sample")
 @pytest.mark.parametrize("logit_filter, temperature", [
     (None, 2.5), (no_best, 2.5), (lambda logits: logits + torch.tensor([0.0, 0, 2, 0, 0]), 0.6)])
 def test_drawn_frequencies_match_the_softmax(logit_filter, temperature):
@@ -1067,7 +1090,8 @@ def listening(**fields):
 
 
 @grades("judge")
-@given(SEEDS, st.integers(1, 4), st.integers(1, 5))
+@given(SEEDS, st.integers(1, 4), st.integers(1, 7))
+@example(0, 4, 7)
 def test_a_reward_is_the_mean_of_the_valid_judgements(seed, rows, n_samples):
     """A reward is the mean of the scores in the n_samples replies with a valid one, else NaN."""
     names = "abcd"[:rows]
@@ -1242,6 +1266,27 @@ def test_generation_stops_at_n_pairs_or_warns():
     with pytest.warns(Warning):
         pairs, counts, _ = written(rising, n_candidates=6, n_pairs=9)
     same([counts["pairs"], sum(counts.values())], [len(pairs), 6], of="counts, if there are fewer")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # there are enough
+        _, counts, _ = written(rising, prompts=["ab"] * 6, n_candidates=6, n_pairs=1)
+    _, counts, _ = written(rising, prompts=["ab"] * 6, n_candidates=6)
+    same(sum(counts.values()), 6, of="counts of a prompt that occurs six times")
+
+
+@grades("generate_preferences")
+def test_the_seed_decides_what_is_drawn():
+    """All draws follow from the seed, those of the reward function included."""
+    lucky = lambda prompts, responses: torch.rand(len(responses))
+
+    def draw(seed):
+        torch.rand(3)  # what was drawn before does not matter
+        return [list(pair) for pair in write(prompts=WORDS * 2, reward_fn=lucky, seed=seed)[0]]
+
+    one, again, other = draw(1), draw(1), draw(2)
+    same(again, one, of="pairs of the same seed")
+    assert plain(one) != plain(other), "two seeds give the same pairs"
+    chosen = {str(plain(pair.chosen)) for pair in write(prompts=["a"] * 60)[0]}
+    assert len(chosen) > 15, f"a prompt that occurs 60 times has {len(chosen)} answers"
 
 
 @grades("generate_preferences")
