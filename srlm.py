@@ -727,8 +727,8 @@ class RewardConfig:
         one is outside reward_range, whatever earlier ones say. Never raises (parse_reward may).
 
         A score is a finite decimal number with ASCII digits, such as 4, -1, 2.5 or .5.
-        Case, the amount of white space, Markdown emphasis, and one opening bracket or quote before
-        the number do not matter; white space between literal text and the number may be missing.
+        Case, the amount of white space, Markdown emphasis (* _ `), and one opening bracket or quote
+        before the number do not matter; white space between text and number may be missing.
         """
         # last_number, in section 13, finds the number at {{ reward }} in the last verdict.
         parse = self.parse_reward or functools.partial(last_number, self.reward_regex_template)

@@ -601,13 +601,15 @@ REFUSED = [([[1], []], {}, "prompt 1 has 0 tokens"), ([[1] * 6], {}, "prompt 0 h
 @grades("sample")
 @pytest.mark.parametrize("temperature", [0, 1.0])
 @pytest.mark.parametrize("prompts, how, logit", [*[(*case[:2], 0.0) for case in REFUSED],
-                                                 *[([[1, 2]], {}, x) for x in (NAN, INF, -INF)]])
+                                                 *[([[1, 2]], {}, x) for x in (NAN, INF, -INF)],
+                                                 ([[1, 2]], dict(max_new_tokens=0), 0.0),
+                                                 ([[1, 2]], dict(temperature=-1.0), 0.0)])
 def test_what_cannot_be_sampled_is_refused(prompts, how, logit, temperature):
-    """Empty prompts, those without room for a token, and NaN or infinite logits are errors."""
+    """Empty prompts, those without room, and logits or arguments that make no sense are errors."""
     model = limited(HashModel(5), 6)
     model.table.data[:] = logit
     with pytest.raises(ValueError):
-        srlm.sample(model, prompts, max_new_tokens=3, temperature=temperature, **how)
+        srlm.sample(model, prompts, **dict(max_new_tokens=3, temperature=temperature) | how)
 
 
 def test_sampling_costs_no_more_than_its_docstring_says():
@@ -810,8 +812,8 @@ def test_impossible_tokens_outside_of_the_response_cause_no_nan(batch, seed):
     close(srlm.sequence_logprobs(model, ids, lens)[0], -INF, of="an impossible response")
 
 
-LOSSES = {"dpo_loss": lambda *four, beta=0.1: srlm.dpo_loss(*four, beta=beta),
-          "spin_loss": lambda *four, beta=0.1: srlm.spin_loss(*four, lam=beta)}
+LOSSES = {"dpo_loss": lambda *four, **beta: srlm.dpo_loss(*four, **beta),
+          "spin_loss": lambda *four, **beta: srlm.spin_loss(*four, **{"lam": x for x in beta.values()})}
 
 
 @grades("dpo_loss", "spin_loss")
@@ -1024,7 +1026,8 @@ def test_white_space_and_case_do_not_matter(one, two, changed, number):
     ("Score 4", None), ("Score:4", 4), ("**Score:** 4", 4), ("**Score**: 4", 4), ("*Score*:4", 4),
     ("Score: **4**", 4), ("Score: __2.5__", 2.5), ("Score: <4>", 4), ('Score: "4"', 4),
     ("Score: [1]", 1), ("Score: (1)", 1), ("Score: 1. No, score:4/5", 4), ("Score: 007", 7),
-    ("Score: nan", None), ("Score: ٣", None), ("Score: " + "9" * 400, None)])
+    ("Score: nan", None), ("Score: ٣", None), ("Score: " + "9" * 400, None), ("Score: .5", 0.5),
+    ("Score: 4.", 4), ("Score: 2 Score: 9", 9), ("Score: 3, no: Score: -1", -1), ("Score: `4`", 4)])
 def test_parse_by_hand(reply, score):
     """All forms of verdicts are read, and a score outside of the range 0 to 5 counts as none."""
     in_range = score if score is not None and 0 <= score <= 5 else None
@@ -1044,10 +1047,13 @@ def test_a_decorated_number_is_read(one, two, three, four, opening, thousandths,
 
 
 @grades("RewardConfig.parse")
-@pytest.mark.parametrize("reply, score", [("12", 12), ("a 12", 12), ("3 or 45", 45), ("x", None)])
-def test_a_number_alone_is_not_entered_in_its_middle(reply, score):
-    """A template without any text around {{ reward }} reads the last whole number."""
-    found = verdict("{{ reward }}").parse(reply)
+@pytest.mark.parametrize("template, reply, score", [
+    ("{{ reward }}", "12", 12), ("{{ reward }}", "a 12", 12), ("{{ reward }}", "3 or 45", 45),
+    ("{{ reward }}", "x", None), ("{{ reward }} points", "12 points, not 3", 12),
+    ("= {{ reward }} of 5", "= 3 of 5, no: = 4 of 6", 3), ("Score ({{ reward }})", "Score (4)", 4)])
+def test_a_number_is_read_whole_and_between_its_words(template, reply, score):
+    """Text before and after {{ reward }} must match, and "12" is not read as 2."""
+    found = verdict(template).parse(reply)
     assert found == score, f"of {reply!r}: expected {score} | yours {found}"
 
 
