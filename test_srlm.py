@@ -1027,7 +1027,8 @@ def test_white_space_and_case_do_not_matter(one, two, changed, number):
     ("Score: **4**", 4), ("Score: __2.5__", 2.5), ("Score: <4>", 4), ('Score: "4"', 4),
     ("Score: [1]", 1), ("Score: (1)", 1), ("Score: 1. No, score:4/5", 4), ("Score: 007", 7),
     ("Score: nan", None), ("Score: ٣", None), ("Score: " + "9" * 400, None), ("Score: .5", 0.5),
-    ("Score: 4.", 4), ("Score: 2 Score: 9", 9), ("Score: 3, no: Score: -1", -1), ("Score: `4`", 4)])
+    ("Score: 4.", 4), ("Score: 2 Score: 9", 9), ("Score: 3, no: Score: -1", -1), ("Score: `4`", 4),
+    ("Score: 0", 0), ("Score: about 4", None)])
 def test_parse_by_hand(reply, score):
     """All forms of verdicts are read, and a score outside of the range 0 to 5 counts as none."""
     in_range = score if score is not None and 0 <= score <= 5 else None
@@ -2900,7 +2901,7 @@ def test_spin_and_external_stages_run_from_the_command_line(tmp_path, capsys):
     assert "M3 against M1" in capsys.readouterr().out
     trained = srlm.load_checkpoint(last)["model"]
     last.unlink()
-    subprocess.check_output([sys.executable, SCRIPT, *argv, "--resume"])
+    subprocess.check_output([sys.executable, SCRIPT, *argv, "--resume"], env=ENVIRONMENT)
     same(srlm.load_checkpoint(last)["model"], trained)
     assert timeless(metrics(tmp_path)) == timeless(lines)
 
