@@ -859,7 +859,7 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
 
     One call of reward_fn gets the N candidates of each of the P prompts of a chunk. It returns
     P * N numbers in a list, array or tensor, NaN where it has no opinion.
-    n_pairs: stop at this many. There is never more than one pass over the prompts.
+    n_pairs: stop at this many. There is one pass over the prompts; one that recurs is asked anew.
     is_valid_pair(chosen_reward, rejected_reward): see make_pair.
     sampling: max_new_tokens, temperature, logit_filter of sample(). All draws follow from the seed.
 

@@ -302,7 +302,8 @@ def write(model=None, prompts=WORDS, reward_fn=ODD, **how):
 @example("abé")
 def test_decode_inverts_encode_and_no_text_encodes_to_a_special_id(text):
     """The ids of a text are its UTF-8 bytes, and decoding gives the text back."""
-    same(srlm.encode(text), list(text.encode()), of="the ids of the text")
+    same(list(srlm.encode(text)), list(text.encode()), of="the ids of the text")
+    torch.as_tensor(srlm.encode(text), dtype=torch.long)  # as TextFormat does
     same(srlm.decode(list(text.encode())), text, of="the text of its UTF-8 bytes")
 
 
@@ -318,8 +319,9 @@ def test_what_is_no_character_becomes_a_question_mark():
 @example([195, -1, 169, 256], [257])
 def test_decode_never_raises_and_drops_special_ids(ids, any_ids):
     """EOS and PAD are dropped, what is not valid UTF-8 becomes U+FFFD, and no id is an error."""
-    same(srlm.decode(ids), bytes(i for i in ids if i in range(256)).decode("utf-8", "replace"))
-    assert isinstance(srlm.decode(any_ids), str)
+    for row, form in itertools.product((ids, any_ids), (list, torch.LongTensor)):
+        text = bytes(i for i in row if i in range(256)).decode("utf-8", "replace")
+        same(srlm.decode(form(row)), text, of=f"the text of a {form.__name__}")
 
 
 @given(*[st.text(max_size=5) | st.text(alphabet="a\0\u0100\u0101", max_size=5)] * 2,
@@ -478,7 +480,7 @@ def test_every_filter_can_be_sampled_from(seed, temperature, k, p):
     model, prompt = HashModel(6, seed % 1000), torch.tensor([[seed % 6]])
     for logit_filter in (lambda x: srlm.top_k(x, k), lambda x: srlm.top_p(x, p),
                          lambda x: srlm.top_p(srlm.top_k(x, k), p)):
-        kept = logit_filter(model(prompt)[:, -1] / temperature)[0].isfinite()
+        kept = logit_filter(model(prompt)[:, -1].detach() / temperature)[0].isfinite()
         rows = srlm.sample(model, prompt.expand(40, 1), max_new_tokens=1, eos_id=None,
                            temperature=temperature, logit_filter=logit_filter,
                            generator=generator(seed))
@@ -523,6 +525,10 @@ def test_greedy_equals_a_naive_loop(seed, rows, new, pad_id, eos_id, limit, temp
                             logit_filter=logit_filter, eos_id=eos_id, pad_id=pad_id)
         same(found, [naive_greedy(model, row, new, eos_id, limit, logit_filter)
                      for row in prompt_rows], of)
+    model = transformer(seed % 1000, vocab=5, room=limit if limit < INF else 16)
+    found = srlm.sample(model, prompts, max_new_tokens=new, temperature=0, eos_id=eos_id)
+    same(found, [naive_greedy(model, row, new, eos_id, model.max_seq_len, None) for row in prompts],
+         of="answers of a model with next_token_logits")
 
 
 @grades("sample")
@@ -592,6 +598,9 @@ def test_drawn_frequencies_match_the_softmax(logit_filter, temperature):
     # 150 exp(-2 * 2500 * 0.07^2) = 3e-9.
     close(torch.bincount(pairs, minlength=25) / n, expected.flatten(), 0.07,
           of="the share of each of the 25 pairs of tokens")
+    flat = nn.Embedding.from_pretrained(torch.tensor([0.5] + [0.0025] * 200).log().repeat(201, 1))
+    rows = srlm.sample(flat, [[1]] * n, max_new_tokens=1, eos_id=None, generator=generator(0))
+    close((torch.cat([*rows]) == 0).float().mean(), 0.5, 0.07, of="the share of a token with p = 0.5")
 
 
 REFUSED = [([[1], []], {}, "prompt 1 has 0 tokens"), ([[1] * 6], {}, "prompt 0 has 6 tokens.*6"),
@@ -738,19 +747,22 @@ def test_log_probability_of_a_concatenation_is_the_sum(batch, seed):
     close(first + of(rows, cuts), of(rows, lens), 1e-5)
 
 
-@grades("response_mask", "sequence_logprobs", "token_logprobs")
+@grades("response_mask", "sequence_logprobs", "token_logprobs", "sft_loss")
 @given(batches(), st.integers(0, 2))
 def test_a_pad_id_inside_a_row_is_a_token_like_any_other(batch, extra):
     """Padding is the run of pad_id that ends a row; before that, pad_id is an ordinary token."""
     rows, lens, model = batch
-    ids = pad(rows, 0, extra=extra)
-    ends = [max((t + 1 for t, token in enumerate(row) if token != 0), default=0) for row in rows]
+    ids = pad(rows, 3, extra=extra)
+    ends = [max((t + 1 for t, token in enumerate(row) if token != 3), default=0) for row in rows]
     expected = [[n <= t < end for t in range(1, ids.shape[1])] for end, n in zip(ends, lens)]
-    found = srlm.response_mask(ids, torch.tensor(lens), 0)
+    n_tokens = sum(map(sum, expected))
+    found = srlm.response_mask(ids, torch.tensor(lens), 3)
     same(found, torch.tensor(expected), of="response_mask")
     expected = [logp(model, row[:end], n) for row, end, n in zip(rows, ends, lens)]
-    found = srlm.sequence_logprobs(model, ids, torch.tensor(lens), 0)
+    found = srlm.sequence_logprobs(model, ids, torch.tensor(lens), 3)
     close(found, expected, 1e-5, of="sequence_logprobs")
+    found = srlm.sft_loss(model, ids, torch.tensor(lens), 3)
+    close(found, -sum(expected) / max(1, n_tokens), 1e-5, of="sft_loss")
 
 
 @grades("sft_loss", "response_mask")
@@ -787,6 +799,12 @@ def test_long_sums_keep_their_precision(dtype):
     close(tokens[0, 2:].double().sum(), expected, 1e-5, of="the sum of token_logprobs")
     close(srlm.sequence_logprobs(model, ids, lens), [expected], 1e-5, of="sequence_logprobs")
     close(srlm.sft_loss(model, ids, lens), -expected / 2000, 1e-5, of="sft_loss")
+    assert tokens.requires_grad, "yours has lost the gradient"
+    model.logits.data[:] = 0
+    model.logits.data[..., 96] = 200.0  # every other token has log p = -200
+    close(srlm.token_logprobs(model, ids[:, :5]), [[-200.0] * 4], 1e-5, of="unlikely tokens")
+    close(srlm.sequence_logprobs(model, ids[:, :5], lens), [-400.0], 1e-5, of="their sum")
+    close(srlm.sft_loss(model, ids[:, :5], lens), 200.0, 1e-5, of="sft_loss of unlikely tokens")
 
 
 @grades("sequence_logprobs", "sft_loss", "dpo_loss")
@@ -805,6 +823,8 @@ def test_impossible_tokens_outside_of_the_response_cause_no_nan(batch, seed):
     found = srlm.sequence_logprobs(model, ids, lens)
     expected = [logp(model, row_ids[: len(row)], n) for row_ids, row, n in zip(ids, rows, lens)]
     close(found, expected, 1e-5, of="possible responses")
+    n_tokens = sum(len(row) - n for row, n in zip(rows, lens.tolist()))
+    close(srlm.sft_loss(model, ids, lens), -sum(expected) / n_tokens, 1e-5, of="sft_loss")
     zero = torch.zeros(len(rows))
     (srlm.sft_loss(model, ids, lens) + srlm.dpo_loss(found, zero, zero, zero)[0].sum()).backward()
     assert model.logits.grad.isfinite().all(), "yours has a gradient that is nan or infinite"
@@ -949,6 +969,12 @@ every_template = pytest.mark.parametrize("template", [
     "({{ reward }})"])
 
 
+def is_read_as(config, reply, score):
+    """Asserts that the score of a reply is this number, or None."""
+    found = config.parse(reply)
+    assert found == score, f"of {reply!r}: expected {score!r} | yours {found!r}"
+
+
 @grades("RewardConfig.parse")
 @every_template
 def test_hostile_replies_cost_no_time(template, sizes=(*range(8, 40), 100, 300, 1000), seconds=1):
@@ -983,7 +1009,7 @@ ODD_NUMBER = st.sampled_from(["+1", "+12", ".5", ".25", "7.", "10."])
 def test_every_number_round_trips_through_any_template(before, after, number):
     """Whole, decimal and negative numbers are read, and all text around {{ reward }} is literal."""
     config = verdict(f"{before} {{{{ reward }}}} {after}")
-    same(config.parse(f"{before} {number} {after}"), float(number))
+    is_read_as(config, f"{before} {number} {after}", float(number))
 
 
 @given(TOUCHING, TOUCHING, NUMBER | ODD_NUMBER, st.sampled_from(["{{ reward }}", "{{reward}}"]))
@@ -1006,7 +1032,7 @@ def test_parse_never_raises(reply, before, after):
 def test_the_last_match_counts(numbers, between):
     """Of several verdicts in a reply the last one counts."""
     reply = "".join(f"Score: {number} {between}" for number in numbers)
-    same(SCORE.parse(reply), float(numbers[-1]))
+    is_read_as(SCORE, reply, float(numbers[-1]))
 
 
 @grades("RewardConfig.parse")
@@ -1015,7 +1041,7 @@ def test_white_space_and_case_do_not_matter(one, two, changed, number):
     """Any run of white space equals any other, and capitals equal small letters."""
     config = verdict(f"{two}Final{two}score is{{{{ reward }}}} points{one}")
     reply = changed(f"Final{one}score{two}is{two}{number}{one}points")
-    same(config.parse(reply), float(number), of=f"the score of {reply!r}")
+    is_read_as(config, reply, float(number))
 
 
 @grades("RewardConfig.parse")
@@ -1033,8 +1059,7 @@ def test_parse_by_hand(reply, score):
     """All forms of verdicts are read, and a score outside of the range 0 to 5 counts as none."""
     in_range = score if score is not None and 0 <= score <= 5 else None
     for config, expected in ((SCORE, score), (srlm.DEFAULT_REWARD_CONFIG, in_range)):
-        found = config.parse(reply)
-        assert found == expected, f"of {reply!r}: expected {expected} | yours {found}"
+        is_read_as(config, reply, expected)
 
 
 @given(*[DECORATION] * 4, st.sampled_from(["", *"\"'([{<“‘"]), st.integers(-9000, 9000),
@@ -1051,11 +1076,12 @@ def test_a_decorated_number_is_read(one, two, three, four, opening, thousandths,
 @pytest.mark.parametrize("template, reply, score", [
     ("{{ reward }}", "12", 12), ("{{ reward }}", "a 12", 12), ("{{ reward }}", "3 or 45", 45),
     ("{{ reward }}", "x", None), ("{{ reward }} points", "12 points, not 3", 12),
+    ("{{ reward }}", "-1", -1), ("{{ reward }}", "2.5", 2.5), ("Score: {{ reward }}", "Score: [(4", None),
+    ("**Score:** {{ reward }}", "Score: 4", 4), ("final_score: {{ reward }}", "final_score: 4", 4),
     ("= {{ reward }} of 5", "= 3 of 5, no: = 4 of 6", 3), ("Score ({{ reward }})", "Score (4)", 4)])
 def test_a_number_is_read_whole_and_between_its_words(template, reply, score):
     """Text before and after {{ reward }} must match, and "12" is not read as 2."""
-    found = verdict(template).parse(reply)
-    assert found == score, f"of {reply!r}: expected {score} | yours {found}"
+    is_read_as(verdict(template), reply, score)
 
 
 @grades("RewardConfig.parse")
@@ -1065,7 +1091,7 @@ def test_your_own_parser_replaces_the_template(reply, score):
     """parse_reward replaces the template; the range holds for it, and inf and NaN are no score."""
     parser = {"Score: 4": 2.0, "half": 0.5, "negative": -1.0, "nan": NAN, "inf": INF}.get
     config = dataclasses.replace(SCORE, parse_reward=parser, reward_range=(0, INF))
-    same(config.parse(reply), score, of=f"the score of {reply!r}")
+    is_read_as(config, reply, score)
 
 
 @given(st.text(), st.text())
@@ -1103,11 +1129,12 @@ def test_a_reward_is_the_mean_of_the_valid_judgements(seed, rows, n_samples):
     """A reward is the mean of the scores in the n_samples replies with a valid one, else NaN."""
     names = "abcd"[:rows]
     config, heard = listening(reward_range=(0, 5))
-    model = Scripted(lambda asked: [f"{asked[-1]} Score: {x}" for x in ("1", "2", "9", "?")])
+    model = Scripted(lambda asked: [f"{asked[-1]} Score: {x}" for x in ("0", "1", "2", "9", "?")])
     found = srlm.judge(model, config, ["p"] * rows, list(names), n_samples=n_samples,
                        generator=generator(seed))
+    assert torch.is_tensor(found), f"yours is a {type(found).__name__}, not a tensor"
     same(sorted(reply[0] for reply in heard), sorted(names * n_samples), of="what is judged")
-    valid = [[float(x[-1]) for x in heard if x[0] == name and x[-1] in "12"] for name in names]
+    valid = [[float(x[-1]) for x in heard if x[0] == name and x[-1] in "012"] for name in names]
     close(found, [sum(scores) / len(scores) if scores else NAN for scores in valid], 1e-5)
 
 
@@ -1115,9 +1142,11 @@ def test_a_reward_is_the_mean_of_the_valid_judgements(seed, rows, n_samples):
 def test_the_judge_is_shown_each_prompt_with_its_response():
     """The judge sees each prompt beside its own response; rewards are in their order."""
     model = Scripted(lambda asked: f"Score: {len(asked)}")
-    found = srlm.judge(model, SCORE, ["ab", "c", "ab"], ["d", "{{ prompt }}", "efg"])
-    same(sorted(model.seen), ["ab d", "ab efg", "c {{ prompt }}"], of="what the judge was shown")
-    close(found, [4.0, 14.0, 6.0], 1e-5, of="rewards")
+    indented = dataclasses.replace(SCORE, prompt_template="  {{ prompt }} {{response}}\n")
+    found = srlm.judge(model, indented, ["ab", "{{ response }}", "ab"], ["d", "{{ prompt }}", "efg"])
+    same(sorted(model.seen), ["ab d", "ab efg", "{{ response }} {{ prompt }}"],
+         of="what the judge was shown")
+    close(found, [4.0, 27.0, 6.0], 1e-5, of="rewards")
     count = dataclasses.replace(SCORE, parse_reward=len)
     close(srlm.judge(model, count, ["p"], ["r"]), [8.0], 1e-5, of="rewards of parse_reward=len")
     close(srlm.judge(model, SCORE, [], []), [], of="rewards of no responses")
@@ -1165,6 +1194,11 @@ def test_how_the_judge_samples_is_the_callers_choice():
     replies(encode=lambda text: srlm.encode(text.replace("p", "q")))
     assert model.seen == {"p r", "q r"}, "encode is not the caller's"
     same(replies(), replies(), of="replies from the same generator twice")
+    (config, heard), ranges = listening(), []
+    watch = lambda logits: ranges.append(float(logits.max() - logits.min())) or logits
+    srlm.judge(Scripted(lambda asked: "x" * 200), config, ["p"], ["r"], logit_filter=watch)
+    same([len(reply) for reply in heard], [160] * 3, of="lengths of replies by default")
+    close(ranges[0], 60 / 0.7, 1e-4, of="range of the logits / temperature by default")
 
 
 @given(SEEDS, st.sampled_from([0, 0.5, 1]))
@@ -1179,13 +1213,14 @@ def test_answers_are_drawn_as_asked_for(seed, temperature):
 
 # 6. Preference pairs ------------------------------------------------------------------------------
 
-REWARDS = st.lists(st.sampled_from([NAN, -1.0, 0.0, 2.5, 5.0]), max_size=6).map(torch.tensor)
+REWARDS = st.lists(st.sampled_from([NAN, -1.0, 0.0, 2.25, 2.5, 5.0]), max_size=6).map(torch.tensor)
 
 
 @grades("pick_best_worst")
 @given(REWARDS)
 @example(torch.tensor([NAN, -1.0, -2.0]))
 @example(torch.tensor([NAN, 1.0, 2.0]))
+@example(torch.tensor([2.25, 2.5]))
 def test_the_best_and_the_worst_are_picked(rewards):
     """The first index has the highest reward, the second the lowest; NaN never counts."""
     picked, known = srlm.pick_best_worst(rewards.clone()), {r for r in rewards.tolist() if r == r}
@@ -1353,6 +1388,9 @@ def test_rewards_may_come_in_any_form():
         pairs, _ = write(reward_fn=lambda *texts: form(some(*texts)))
         same([list(pair) for pair in pairs], expected)
     assert write(reward_fn=lambda *texts: [int(r) for r in ODD(*texts)])[1] == write()[1]
+    lonely = lambda asked, answers: [r if i % 4 == 0 or asked[i] != "a" else NAN
+                                     for i, r in enumerate(ODD(asked, answers))]
+    same(write(reward_fn=lonely)[1]["unparsed"], 1, of="unparsed, if one prompt has one reward")
 
 
 @given(SEEDS)
@@ -1502,8 +1540,10 @@ TRUTH = np.array([[0.0, 1, 2, 3, 5]])
 @pytest.mark.parametrize("truth, judged, expected", [
     (TRUTH, TRUTH, [1, 1, 1, 1, 1]), (TRUTH, TRUTH / 3, [1, 1, 0.2, 1, 1]),
     (TRUTH, 5 - TRUTH, [0, 0, 0, -1, -1]), (5 - TRUTH, TRUTH * NAN, [0.5, 0, 0, None, None]),
-    (TRUTH * 0, TRUTH, [None, 1, 0.2, None, None]), (TRUTH, TRUTH * 0, [0.5, 0, 0.2, None, None])],
-    ids=["right", "low", "reversed", "silent", "all true scores equal", "all judged scores equal"])
+    (TRUTH * 0, TRUTH, [None, 1, 0.2, None, None]), (TRUTH, TRUTH * 0, [0.5, 0, 0.2, None, None]),
+    (np.array([[0.0, 5]]), np.array([[NAN, 0]]), [0.5, 1, 0, None, None])],
+    ids=["right", "low", "reversed", "silent", "all true scores equal", "all judged scores equal",
+         "NaN before a 0"])
 def test_judging_metrics_by_hand(truth, judged, expected):
     """Judges that are right, low, reversed or silent get what they should, or None."""
     found = srlm.judging_metrics(truth, judged)
