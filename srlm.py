@@ -299,12 +299,31 @@ class ModelConfig:
                 f"of 2 * heads={2 * self.heads}, because Block rotates pairs of features")
 
 
+def rotate(x, rotations):
+    """Rotary position embedding, RoPE (arXiv:2104.09864): (..., T, D/H) -> (..., T, D/H).
+
+    Two neighbouring features are one complex number. At position t it is multiplied by e^(i t w),
+    where w is a constant of the pair. rotations (T, D/2H, 2) holds the cosines and sines of t w.
+
+    Why: take a pair a = a1 + i a2 of a query at s, and b of a key at t. Their dot product
+    a1 b1 + a2 b2 is Re( a conj(b) ). That of the multiplied pairs is
+        Re( a e^(i s w) conj(b e^(i t w)) ) = Re( a conj(b) e^(i (s - t) w) )
+    so positions enter by their distance s - t alone.
+
+    >>> quarter_turn = torch.tensor([[0.0, 1.0]])                # cos and sin of 90 degrees: i
+    >>> rotate(torch.tensor([[3.0, 4.0]]), quarter_turn[None])   # (3 + 4i) i
+    tensor([[-4.,  3.]])
+    """
+    precise = torch.promote_types(x.dtype, torch.float32)  # bfloat16 has no complex numbers
+    pairs = x.to(precise).unflatten(-1, (-1, 2))  # (..., T, D/2H, 2)
+    rotated = torch.view_as_complex(pairs) * torch.view_as_complex(rotations.to(precise))
+    return torch.view_as_real(rotated).flatten(-2).to(x.dtype)
+
+
 class Block(nn.Module):
     """Attention, then an MLP. Each reads a normalised copy of x and adds its result to x.
 
-    x (B, T, D) -> (B, T, D). Positions enter by RoPE: each pair of neighbouring features of q and k
-    is rotated by an angle that grows with the position. rotations (T, D/(2H), 2) holds the cosines
-    and sines of these angles (1 and 0: no rotation).
+    x (B, T, D) -> (B, T, D). For rotations see rotate().
 
     >>> block, no_rotation = Block(ModelConfig(dim=8)), torch.tensor([1.0, 0.0])
     >>> block(torch.zeros(1, 3, 8), rotations=no_rotation.expand(3, 2, 2)).shape
@@ -324,18 +343,9 @@ class Block(nn.Module):
 
     def forward(self, x, rotations):
         qkv = self.to_qkv(self.attention_norm(x))  # (B, T, 3D)
-        qkv = rearrange(qkv, "b t (n h d) -> n b h t d", n=3, h=self.heads)  # (3, B, H, T, D/H)
-        # RoPE (arXiv:2104.09864): two neighbouring features are one complex number. At position t
-        # it is multiplied by e^(i t w), where w is a constant of the pair. Take the pair
-        # a = a1 + i a2 of a query at s, and b of a key at t. Their dot product a1 b1 + a2 b2 is
-        # Re( a conj(b) ). That of the multiplied pairs is
-        #     Re( a e^(i s w) conj(b e^(i t w)) ) = Re( a conj(b) e^(i (s - t) w) )
-        # so positions enter by their distance s - t alone.
-        precise = torch.promote_types(x.dtype, torch.float32)  # bfloat16 has no complex numbers
-        pairs = qkv[:2].to(precise).unflatten(-1, (-1, 2))  # q and k: (2, B, H, T, D/2H, 2)
-        rotated = torch.view_as_complex(pairs) * torch.view_as_complex(rotations.to(precise))
-        q, k = torch.view_as_real(rotated).flatten(-2).to(x.dtype)  # (B, H, T, D/H) each
-        attended = F.scaled_dot_product_attention(q, k, qkv[2], is_causal=True)
+        q, k, v = rearrange(qkv, "b t (n h d) -> n b h t d", n=3, h=self.heads)  # (B, H, T, D/H)
+        q, k = rotate(q, rotations), rotate(k, rotations)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D/H)
         x = x + self.to_out(rearrange(attended, "b h t d -> b t (h d)"))
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
 
