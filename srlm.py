@@ -1953,7 +1953,10 @@ def parallel_map(work, items, title):
 
 def sum_over_processes(value):
     """The sum of one number of each process."""
-    return sum(gathered(float(value)))
+    total = torch.tensor(float(value), dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.item()
 
 
 def sum_gradients_over_processes(parameters):
@@ -2519,13 +2522,22 @@ class Options(Recipe):
         return found
 
 
+class ByteJudge(RewardConfig):
+    """Shows the judge "?" for U+FFFD, which stands for one bad byte but has three bytes itself: a
+    judge prompt could outgrow the model."""
+
+    def render(self, prompt, response):
+        return super().render(prompt, response.replace("\ufffd", "?"))
+
+
 class OwnData:
     """A world made of your own files. Nobody knows a true score here, so `score` is None.
 
     Held out is every prompt whose CRC-32 is divisible by 10, in all files alike, with its answers.
     """
 
-    CHAT_TEMPLATE, JUDGE, score = LetterWorld.CHAT_TEMPLATE, LetterWorld.JUDGE, None
+    CHAT_TEMPLATE, JUDGE = LetterWorld.CHAT_TEMPLATE, ByteJudge(**vars(LetterWorld.JUDGE))
+    score = None
 
     def __init__(self, options):
         self.options = options

@@ -2744,8 +2744,10 @@ def test_every_answer_leaves_the_judge_room():
     long, short = "p" * 50, "p"  # neither is held out
     world = own_data("--max-seq-len", 80, sft=[
         *YES, *rows([long], response="r"), *rows([short], response="r" * 50)])
-    asked = world.JUDGE.render(long, "r" * (world.max_new_tokens - 1))  # without EOS
-    assert len(asked + "= 0.25") + len(["EOS"]) == 80
+    for byte in (ord("r"), 255):  # 255 is no character, and decoded it has three bytes
+        answer = srlm.decode([byte] * (world.max_new_tokens - 1))  # without EOS
+        asked = srlm.encode(world.JUDGE.render(long, answer) + "= 0.25")
+        assert len(asked) + len(["EOS"]) == 80
     assert own_data(sft=YES).max_new_tokens == len("yes") + len(["EOS"])
 
 
