@@ -2,19 +2,20 @@ r"""Self-Rewarding Language Models: the whole training loop in one file.
 
 A language model writes several answers to each prompt, grades them itself, and is trained to raise
 the probability of the answer it graded best, relative to the one it graded worst. Repeated, this
-makes its answers better than the demonstrations it learned from, as long as its grades are right
-more often than wrong.
+makes its answers better than the demonstrations it learned from, as long as it puts two answers in
+the right order more often than in the wrong one.
 
     M0   stands in for a pretrained model: trained from random weights on demonstrations, prompts
          and answers alike
-    M1   M0 after supervised fine-tuning (SFT) on demonstrations and on gradings by a program
+    M1   M0 after supervised fine-tuning (SFT) on demonstrations and on judging data: answers with
+         the verdicts of a program
     M2   M1 after DPO (section 5: a loss on pairs of answers) on pairs that M1 wrote and graded
     M3   M2 after DPO on pairs that M2 wrote and graded
 
 The loop in pseudocode, simplified, with the function names and sections of this file:
 
-    fit(model, sft_objective(demonstrations, the prompts included))      # M0          sections 3, 8
-    fit(model, sft_objective(demonstrations + gradings))                 # M1: no prompts
+    fit(model, sft_objective(demonstrations with their prompts))         # M0          sections 3, 8
+    fit(model, sft_objective(demonstrations + judging data))             # M1
     for each round:                                                      # M2, M3      section 9
         for each prompt:                                                 #             section 7
             answers = sample(model, the prompt, n_candidates times)      # write       section 4
@@ -26,7 +27,7 @@ The loop in pseudocode, simplified, with the function names and sections of this
         for each batch of pairs:                                         # minimise    section 8
             policy_chosen, policy_rejected = the same for the batch, with gradients
             losses = dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=1)
-            loss = mean(losses - 0.1 policy_chosen) + 4 sft_loss(a batch of the gradings)
+            loss = mean(losses - 0.1 policy_chosen) + 4 sft_loss(a batch of judging data)
             one step of AdamW
 
 The reference is the model as it was when the round began; the policy is the model in training. A
@@ -45,7 +46,7 @@ name or a comment says what it does.
 Sources, cited as [1] to [5]:
     [1] arXiv:2401.10020  Self-Rewarding Language Models: the loop, its judge, its figures
     [2] arXiv:2305.18290  Direct Preference Optimization (DPO): the loss
-    [3] arXiv:2401.01335  Self-Play Fine-Tuning (SPIN): the DPO loss, demonstrations preferred
+    [3] arXiv:2401.01335  Self-Play Fine-Tuning (SPIN): DPO that prefers the demonstrations
     [4] arXiv:2402.04792  Online AI Feedback: another model as the judge
     [5] arXiv:2404.19733  Iterative Reasoning Preference Optimization: DPO with a likelihood term
 
@@ -56,6 +57,7 @@ accumulation, and weights that are spread over several devices.
 
 Shapes: B batch, T time (tokens), V vocabulary, N candidates of a prompt, P prompts, H heads,
 D width of the model. Log-probabilities are natural logarithms (nats); scores are 0 to 5 points.
+"Answer" and "response" mean the same.
 """
 
 from __future__ import annotations
@@ -70,8 +72,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
-# So that two runs at once on one machine take about twice as long as one, not ten times: torch's
-# idle threads sleep. It has to be set before torch is imported.
+# Idle threads of torch sleep, so that two runs can share a machine. To be set before the import.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="1000")
 
@@ -102,8 +103,8 @@ def require(condition, message):
 #
 # The task has what the loop needs. The demonstrations are mediocre, so there is something to gain.
 # A model that imitates them writes answers of varying quality, so there is something to choose
-# from. And grading is easier than writing: to grade, the model compares an answer with its prompt;
-# to write, it must sample every letter right.
+# from. And grading is easier than writing: a grade answers five yes-or-no questions about a text
+# that is there; to write a perfect answer, the model must sample every letter right.
 
 INSTRUCTIONS = {
     "sort": lambda letters: "".join(sorted(letters)),
@@ -126,14 +127,13 @@ class LetterTask:
     >>> task.verdict("sort dbca", "Sure: abdc.")
     '11101 = 4'
 
-    LetterWorld, in section 12, is this task together with its data: prompts; demonstrations, most
-    of which lack "Sure: " or the full stop, and half of which have letters swapped, lost or added
-    (mean true score 3); and answers of every quality, nonsense included, with their verdicts.
+    LetterWorld, in section 12, adds the data: prompts; sloppy demonstrations (mean true score 3);
+    and the judging data, which are answers of every quality with their verdicts.
     """
 
     POINTS = ("polite", "relevant", "complete", "ordered", "full stop")
     CHAT_TEMPLATE = "> {{ prompt }}\n"  # what the model sees before it answers: "> sort dbca\n"
-    JUDGE: RewardConfig  # section 6: how to ask for a verdict, "? sort dbca\nSure: abcd.\n"
+    JUDGE: RewardConfig  # set in section 6: asks for a verdict, "? sort dbca\nSure: abcd.\n"
     max_new_tokens = 16  # of an answer: "Sure: ", up to 8 letters, ".", and a token for the end
     letters = "abcdefgh"
 
@@ -151,9 +151,8 @@ class LetterTask:
         return INSTRUCTIONS[name](letters)
 
     def points(self, prompt, response):
-        """Five points, 0 or 1 each; with three letters or more, each can be lost alone. "Ordered":
-        two or more letters of the prompt occur, each once, in the order of the perfect answer.
-        (Other characters do not matter for this point; they cost "relevant".)"""
+        """Five points, 0 or 1 each. "Ordered": two or more letters of the prompt occur, each once,
+        in the order of the perfect answer. (Other characters cost "relevant", not this point.)"""
         target = self.target(prompt)
         body = response.removeprefix("Sure: ").removesuffix(".")
         places = [target.index(letter) for letter in body if letter in target]
@@ -179,11 +178,11 @@ class LetterTask:
 EOS = 256  # end of sequence: the model has finished its answer; no text contains this id
 VOCAB_SIZE = 257
 PAD = -1  # not a token: marks the empty places of a batch; replaced before any model sees them
-# Functions for your own tensors have a parameter pad_id: other code may pad differently.
+# Functions that take a padded tensor have a parameter pad_id, for tensors padded by other code.
 
 
 def encode(text):
-    """The UTF-8 bytes of a text. (What UTF-8 cannot encode becomes "?".)
+    """The UTF-8 bytes of a text. (A lone surrogate becomes "?".)
 
     >>> encode("abé")
     [97, 98, 195, 169]
@@ -203,7 +202,7 @@ def decode(ids):
 
 
 # A template is a text with {{ variables }}. Any other brace is an ordinary character.
-_VARIABLE = re.compile(r"\{\{\s*([^{}]*?)\s*\}\}")
+_VARIABLE = re.compile(r"\{\{\s*([^{}]*?)\s*\}\}")  # finds "name" in "{{ name }}"
 
 
 def check_template(name, template, variables):
@@ -236,7 +235,7 @@ class TextFormat:
     (tensor([ 62,  32, 104, 105,  58, 121, 111, 256]), 5)
     """
 
-    # Plain functions in fields, not methods: self.encode(text) passes no self.
+    # Fields that hold functions; the defaults are encode() and decode() above.
     encode: Callable[[str], Sequence[int] | Tensor] = encode
     decode: Callable[[Tensor], str] = decode
     chat_template: str = "{{ prompt }}"
@@ -276,7 +275,7 @@ class TextFormat:
 # So any causal model can take its place. Two optional attributes are used where they exist:
 #     max_seq_len                       the largest T that the model accepts
 #     next_token_logits(ids, lengths)   (B, T), (B,) -> (B, V): the logits at position lengths - 1,
-#                                       for a model that can spare itself all others
+#                                       for a model that can skip the other positions
 
 
 @dataclass(frozen=True)
@@ -303,19 +302,19 @@ def rotate(x, rotations):
     """Rotary position embedding, RoPE (arXiv:2104.09864): (..., T, D/H) -> (..., T, D/H).
 
     Two neighbouring features are one complex number. At position t it is multiplied by e^(i t w),
-    where w is a constant of the pair. rotations (T, D/2H, 2) holds the cosines and sines of t w.
+    where w is a constant of the pair. rotations (T, D/(2H), 2) holds cos(t w) and sin(t w).
 
     Why: take a pair a = a1 + i a2 of a query at s, and b of a key at t. Their dot product
-    a1 b1 + a2 b2 is Re( a conj(b) ). That of the multiplied pairs is
+    a1 b1 + a2 b2 is Re( a conj(b) ). After the rotations it is
         Re( a e^(i s w) conj(b e^(i t w)) ) = Re( a conj(b) e^(i (s - t) w) )
     so positions enter by their distance s - t alone.
 
-    >>> quarter_turn = torch.tensor([[0.0, 1.0]])                # cos and sin of 90 degrees: i
-    >>> rotate(torch.tensor([[3.0, 4.0]]), quarter_turn[None])   # (3 + 4i) i
+    >>> quarter_turn = torch.tensor([[[0.0, 1.0]]])        # 1 position, 1 pair: cos and sin of 90
+    >>> rotate(torch.tensor([[3.0, 4.0]]), quarter_turn)   # (3 + 4i) i
     tensor([[-4.,  3.]])
     """
     precise = torch.promote_types(x.dtype, torch.float32)  # bfloat16 has no complex numbers
-    pairs = x.to(precise).unflatten(-1, (-1, 2))  # (..., T, D/2H, 2)
+    pairs = x.to(precise).unflatten(-1, (-1, 2))  # (..., T, D/(2H), 2)
     rotated = torch.view_as_complex(pairs) * torch.view_as_complex(rotations.to(precise))
     return torch.view_as_real(rotated).flatten(-2).to(x.dtype)
 
@@ -325,8 +324,8 @@ class Block(nn.Module):
 
     x (B, T, D) -> (B, T, D). For rotations see rotate().
 
-    >>> block, no_rotation = Block(ModelConfig(dim=8)), torch.tensor([1.0, 0.0])
-    >>> block(torch.zeros(1, 3, 8), rotations=no_rotation.expand(3, 2, 2)).shape
+    >>> block = Block(ModelConfig(dim=8, heads=4))         # one pair of features per head
+    >>> block(torch.zeros(1, 3, 8), rotations=torch.zeros(3, 1, 2)).shape
     torch.Size([1, 3, 8])
     """
 
@@ -343,8 +342,8 @@ class Block(nn.Module):
 
     def forward(self, x, rotations):
         qkv = self.to_qkv(self.attention_norm(x))  # (B, T, 3D)
-        q, k, v = rearrange(qkv, "b t (n h d) -> n b h t d", n=3, h=self.heads)  # (B, H, T, D/H)
-        q, k = rotate(q, rotations), rotate(k, rotations)
+        q, k, v = rearrange(qkv, "b t (n h d) -> n b h t d", n=3, h=self.heads)
+        q, k = rotate(q, rotations), rotate(k, rotations)  # (B, H, T, D/H) each, as v
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D/H)
         x = x + self.to_out(rearrange(attended, "b h t d -> b t (h d)"))
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
@@ -369,16 +368,16 @@ class Transformer(nn.Module):
         self.to_logits = nn.Linear(config.dim, config.vocab_size, bias=False)
         for name, weight in self.named_parameters():
             if weight.ndim == 2:  # the norms keep their gain of 1
-                std = weight.shape[1] ** -0.5  # 1 / sqrt(number of inputs)
+                std = weight.shape[1] ** -0.5  # 1 / sqrt(number of inputs; for embedding: D)
                 if name.endswith(("to_out.weight", "down.weight")):
                     std /= (2 * config.depth) ** 0.5  # x is a sum of 2 * depth outputs; as in GPT-2
                 nn.init.normal_(weight, std=std, generator=generator)
-        # Rotations e^(i t w) at position t, with w = 10000^(-2j / (D/H)) for pair j. Real and
-        # imaginary part are kept as two real numbers, since .to(bfloat16) drops imaginary parts.
+        # w = 10000^(-2j / (D/H)) for pair j. Cosines and sines are kept as real numbers, because
+        # .to(bfloat16) would drop the imaginary part of complex ones.
         head_dim = config.dim // config.heads
-        frequency = 10_000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)  # (D/2H,) radians
-        angle = torch.arange(config.max_seq_len)[:, None] * frequency  # (max_seq_len, D/2H)
-        rotations = torch.stack((angle.cos(), angle.sin()), dim=-1)  # (max_seq_len, D/2H, 2)
+        frequency = 10_000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)  # (D/(2H),)
+        angle = torch.arange(config.max_seq_len)[:, None] * frequency  # (max_seq_len, D/(2H))
+        rotations = torch.stack((angle.cos(), angle.sin()), dim=-1)  # (max_seq_len, D/(2H), 2)
         self.register_buffer("rotations", rotations, persistent=False)
 
     def features(self, ids):
@@ -437,7 +436,8 @@ def top_p(logits, p):
     mass_before = probs.cumsum(-1) - probs  # probability of all more likely tokens together
     excluded = mass_before >= p  # the more likely tokens already reach p
     excluded[..., 0] = False
-    excluded = torch.zeros_like(excluded).scatter(-1, order, excluded)  # back to vocabulary order
+    # excluded[b, i] is about token order[b, i]; put it at that token's place.
+    excluded = torch.zeros_like(excluded).scatter(-1, order, excluded)
     return logits.masked_fill(excluded, -math.inf)
 
 
@@ -454,7 +454,7 @@ def last_logits(model, ids):
     ids, inverse = ids.unique(dim=0, return_inverse=True)  # row i of the input: ids[inverse[i]]
     lengths = (ids != PAD).sum(dim=1)
     logits = [None] * len(ids)
-    for rows in pieces_by_tokens(lengths.tolist()):  # numbers of rows of similar length
+    for rows in pieces_by_tokens(lengths.tolist()):  # indices of rows of similar length
         n = lengths[rows]
         piece = ids[rows, : int(n.max())].clamp(min=0)  # PAD becomes 0; a causal model ignores it
         if hasattr(model, "next_token_logits"):
@@ -481,8 +481,8 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
     Cost: B * new * (prompt + new) tokens run through the model. A KV cache, which keeps the keys
     and values of earlier tokens, would make it B * (prompt + new).
 
-    ValueError: an empty prompt or one without room for a new token, max_new_tokens < 1,
-    temperature < 0, logits with NaN or +inf, or nothing but -inf.
+    ValueError: an empty prompt, no room for a new token, max_new_tokens < 1, temperature < 0, or
+    logits that are NaN, +inf, or all -inf.
 
     >>> class CountUp(nn.Module):                     # after token i comes token i + 1
     ...     def forward(self, ids):
@@ -491,17 +491,17 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
     [tensor([3, 4, 5]), tensor([255, 256])]
     """
     limit = getattr(model, "max_seq_len", math.inf)
-    rows = checked_rows(prompts, pad_id, limit)  # 1-D rows without padding, not too long
+    prompts = checked_rows(prompts, pad_id, limit)  # 1-D rows without padding, not too long
     require(max_new_tokens >= 1, f"sample: max_new_tokens={max_new_tokens} is not 1 or more")
     require(temperature >= 0, f"sample: temperature={temperature} is not 0 or more")
-    if not rows:
+    if not prompts:
         return []
     device = device_of(model)  # where its weights are, such as "cpu" or "cuda"
-    noise = torch.rand(len(rows), max_new_tokens, generator=generator).to(device)  # one per draw
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+    noise = torch.rand(len(prompts), max_new_tokens, generator=generator).to(device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    ids = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=PAD)
     ids = F.pad(ids, (0, max_new_tokens), value=PAD).to(device)  # (B, T + new)
-    active = torch.arange(len(rows), device=device)  # rows that are not finished
+    active = torch.arange(len(prompts), device=device)  # rows that are not finished
     with evaluating(model):  # no gradients, no dropout
         for step in progress(range(max_new_tokens), "sampling"):  # with a progress bar
             longest = int(lengths[active].max())
@@ -513,13 +513,12 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
             if temperature == 0:
                 tokens = logits.argmax(-1)
             else:
-                # Inverse transform sampling: the first token at which the cumulated probability
-                # exceeds the row's noise. (The draws of torch.multinomial depend on other rows.)
+                # The first token whose cumulative probability exceeds the row's uniform number.
+                # (With torch.multinomial the draws of a row would depend on the other rows.)
                 precise = torch.float32 if ids.device.type == "mps" else torch.float64
-                cumulated = logits.to(precise).softmax(-1).cumsum(-1)  # rises to 1
-                total = cumulated[:, -1:]  # 1, up to rounding
-                level = noise[active, step, None].to(precise) * total
-                tokens = torch.searchsorted(cumulated, level, right=True).squeeze(1)
+                cumulative = logits.to(precise).softmax(-1).cumsum(-1)  # (active rows, V), up to 1
+                level = noise[active, step, None].to(precise) * cumulative[:, -1:]  # 1, rounded
+                tokens = torch.searchsorted(cumulative, level, right=True).squeeze(1)
             ids[active, lengths[active]] = tokens
             lengths[active] += 1
             unfinished = lengths[active] < limit
@@ -528,7 +527,7 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
             active = active[unfinished]  # finished rows leave the batch
             if len(active) == 0:
                 break
-    ends = zip(rows, ids.cpu(), lengths.tolist())
+    ends = zip(prompts, ids.cpu(), lengths.tolist())
     return [row[len(prompt) : end].clone() for prompt, row, end in ends]
 
 
@@ -546,17 +545,16 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 
 # 5. Log-probabilities and losses ------------------------------------------------------------------
 # A row of ids is a prompt, its response and, on the right, padding; prompt_lens says where the
-# response begins. Padding is the run of pad_id that ends a row; a pad_id before it is an ordinary
-# token. What usually goes wrong here:
+# response begins. Only the run of pad_id at the end of a row is padding. What usually goes wrong:
 #     the shift   the logits at position t predict token t + 1
 #     the mask    only tokens of the response count, EOS included, prompt and padding excluded
 #
 # What DPO wants. We have two responses to a prompt x, and somebody preferred the "chosen" one. The
-# obvious loss, -log p(chosen) + log p(rejected), pushes the rejected response towards probability 0
-# with a force that never fades, and so drives the model into nonsense. DPO starts from a goal that
-# has an optimum: maximise the mean of some reward r(x, y) over the responses y that the policy pi
-# writes, minus beta times the mean of log(pi / ref), where ref is the reference. (In the end r
-# drops out. Only which response was preferred is needed.)
+# obvious loss, -log p(chosen) + log p(rejected), has no minimum: log p(rejected) can always fall
+# further, and the model is changed until it writes nonsense. DPO starts from a goal that has an
+# optimum: maximise the mean of some reward r(x, y) over the responses y that the policy, written
+# pi(y|x), gives to x, minus beta times the mean of log( pi(y|x) / ref(y|x) ), where ref is the
+# reference. (In the end r drops out. Only which response was preferred is needed.)
 #
 #     max_pi  sum over y of [ pi(y|x) r(x, y) - beta pi(y|x) log( pi(y|x) / ref(y|x) ) ]
 #
@@ -569,16 +567,16 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 # (d/dpi of pi log(pi / ref) is log(pi / ref) + 1.) Solve for log(pi / ref), which is
 # r / beta - (1 + m(x) / beta). So the optimum is
 #
-#     pi(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x),   where Z(x) = exp(1 + m(x) / beta) makes the
-#                                                      probabilities of all y add up to 1
+#     pi(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x),   where Z(x) = exp(1 + m(x) / beta), which m(x)
+#                                                      sets so that all pi(y|x) add up to 1
 #
 # Now take any policy pi, also the one in training, and put r = beta log(pi / ref) into the formula
-# for the optimum: it gives back pi, with Z = 1. So every policy is the optimum for this reward, its
-# IMPLICIT REWARD. (A term of x alone may be added; it goes into Z.) Instead of fitting a reward to
-# the preferences and then looking for its optimal policy, we change pi until its implicit reward
-# explains the preferences; pi is then optimal for that reward. In the Bradley-Terry model, y1 is
-# preferred to y2 with probability sigmoid(r(x, y1) - r(x, y2)). The loss is minus the log of this
-# probability, where y1 is the chosen response and y2 the rejected one:
+# for the optimum: it gives back pi, with Z = 1. So every policy is the optimum for a reward of its
+# own, its IMPLICIT REWARD. The usual way (RLHF) fits a reward to the preferences, and then searches
+# for its optimal policy. DPO changes pi until its implicit reward fits the preferences, and no
+# search is left. To fit means, after Bradley and Terry: y1 is preferred to y2 with probability
+# sigmoid(r(x, y1) - r(x, y2)), in which any term of x alone cancels. The loss is minus the log of
+# this probability, where y1 is the chosen response and y2 the rejected one:
 #
 #     -log sigmoid( beta log( pi(y1|x) / ref(y1|x) ) - beta log( pi(y2|x) / ref(y2|x) ) )
 #
@@ -649,7 +647,7 @@ def sft_loss(model, ids, prompt_lens, pad_id=PAD):
     """Supervised fine-tuning: mean of -log p over all response tokens of a batch; scalar, in nats.
 
     The mean is over tokens and not over rows. It is zero, with zero gradient, if no row has a
-    response. (fit(), in section 8, divides the same sum by the same count, which is not 0 there.)
+    response. (Training, in section 8, uses the same sum and the same count.)
 
     >>> uniform = lambda ids: torch.zeros(*ids.shape, VOCAB_SIZE)
     >>> sft_loss(uniform, torch.tensor([[5, 6, 7, EOS, PAD]]), torch.tensor([2]))     # ln 257
@@ -667,7 +665,8 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta=0
 
     Returns (losses, rewards of the chosen, rewards of the rejected), the rewards detached. If the
     policy equals the reference, the loss is log 2. Larger beta keeps the policy closer to the
-    reference. Only the difference of the rewards counts: log pi(chosen) may fall.
+    reference. Only the difference of the rewards counts: log pi(chosen) may fall, if
+    log pi(rejected) falls more.
 
     >>> logp = torch.tensor
     >>> dpo_loss(logp([-4.0]), logp([-9.0]), logp([-5.0]), logp([-6.0]), beta=0.5)
@@ -749,9 +748,9 @@ class RewardConfig:
         return score if low <= score <= high else None
 
 
-# For a real chat model: put your model's chat format into this template, around the text. In [1], a
-# model that was not trained to judge ordered 65 % of the pairs of answers as people do when it was
-# asked to add up points, as here, and 27 % when it was asked to choose one of five grades.
+# For a real chat model: put your model's chat format into this template, around the text. It asks
+# for points to be added up, as in [1]. Before any training to judge, the model of [1] agreed with
+# people on 65 % of the pairs of answers that way, and on 27 % when it had to pick one of 5 grades.
 DEFAULT_REWARD_CONFIG = RewardConfig(
     prompt_template="""
     Below are a user's request and an assistant's answer. Grade the answer by adding up points,
@@ -773,7 +772,7 @@ DEFAULT_REWARD_CONFIG = RewardConfig(
     reward_regex_template="Score: {{ reward }}", reward_range=(0, 5))
 
 # The judge of the letter world (section 1) is short, because its model reads bytes. Only the sum is
-# read; the points before it are the model's working.
+# read; the points before it are intermediate steps.
 LetterTask.JUDGE = RewardConfig("? {{ prompt }}\n{{ response }}\n", "= {{ reward }}",
                                 reward_range=(0, 5))
 MAX_VERDICT_TOKENS = 16  # "11101 = 4" and EOS take 10
@@ -790,8 +789,12 @@ def judge(model, reward_config, prompts, responses, *, encode=encode, decode=dec
     ValueError: unequal numbers of prompts and responses, or a judge prompt that leaves the model no
     room to reply.
 
-    >>> judge(nn.Sequential(), LetterTask.JUDGE, [], [])         # nothing to ask the model
-    tensor([])
+    >>> class Four(nn.Module):                         # writes "4", whatever it reads
+    ...     def forward(self, ids):
+    ...         return 99.0 * F.one_hot(torch.full_like(ids, ord("4")), VOCAB_SIZE)
+    >>> judge(Four(), RewardConfig("{{ prompt }}: {{ response }}", "{{ reward }}"),
+    ...       ["sort ba", "sort dc"], ["ab", "dc"], max_new_tokens=1)
+    tensor([4., 4.])
     """
     require(len(prompts) == len(responses),
             f"judge: {len(prompts)} prompts but {len(responses)} responses")
@@ -819,7 +822,7 @@ class PreferencePair(NamedTuple):
     the reference, filled in by with_reference_logprobs (section 8)."""
 
     prompt: Tensor  # 1-D, inside the chat template
-    chosen: Tensor  # 1-D, with EOS if it ended
+    chosen: Tensor  # 1-D; ends with EOS unless it was cut off
     rejected: Tensor
     chosen_reward: float = math.nan
     rejected_reward: float = math.nan
@@ -842,10 +845,11 @@ def pick_best_worst(rewards):
 
 
 def make_pair(prompt, candidates, rewards, pick_pair=pick_best_worst, is_valid_pair=None):
-    """(outcome, pair) of the N candidates of a prompt. If there is a pair, the outcome is "pairs".
-    Else the pair is None, and the outcome is "unparsed" (the picker found no two, since fewer than
-    two candidates have a reward), "tied" (it found no two for another reason), or "invalid" (the
-    two have equal tokens, or is_valid_pair refuses them).
+    """(outcome, pair) of the N candidates of a prompt. The pair is None unless the outcome is
+        "pairs"      there is a pair
+        "unparsed"   the picker found no two, and fewer than two candidates have a reward
+        "tied"       the picker found no two, although two or more have one
+        "invalid"    the two have equal tokens, or is_valid_pair refuses them
 
     >>> make_pair(torch.tensor([7]), torch.tensor([[8], [9]]), torch.tensor([1.0, 1.0]))
     ('tied', None)
@@ -867,9 +871,9 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
                          **sampling):
     """Write N candidates for each prompt, reward them, and pick one pair of each prompt.
 
-    One call of reward_fn gets the N candidates of each of the P prompts of a chunk. It returns
-    P * N numbers in a list, array or tensor, NaN where it has no opinion.
-    n_pairs: stop at this many. There is one pass over the prompts; one that recurs is asked anew.
+    Prompts are worked through in chunks of P. reward_fn is called once per chunk, with all P * N
+    candidates, and returns as many numbers in a list, array or tensor, NaN for no opinion.
+    n_pairs: stop at this many. One pass over the prompts; a repeated prompt is asked again.
     is_valid_pair(chosen_reward, rejected_reward): see make_pair.
     sampling: max_new_tokens, temperature, logit_filter of sample(). All draws follow from the seed.
 
@@ -889,7 +893,7 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
         number, chunk = numbered
         asked = [prompt for prompt in chunk for _ in range(n_candidates)]
         # Row p * N + i of what follows is candidate i of prompt p.
-        with seeded(seed, number):  # all draws in this block depend on these two numbers alone
+        with seeded(seed, number):  # seeds torch's global generator, from which all draws come
             rows = sample(model, [text.prompt_ids(prompt) for prompt in asked],
                           eos_id=text.eos_id, **sampling)
             rewards = reward_fn(asked, [text.text(row) for row in rows])
@@ -901,12 +905,12 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
                                        pick_pair, is_valid_pair))
         return found
 
-    # The first chunk is small, so that a judge that gives no score at all is noticed early.
+    # Chunks bound the memory. The first is small: a judge without any score is noticed early.
     chunks = [prompts[:4], *(prompts[at : at + 64] for at in range(4, len(prompts), 64))]
-    # parallel_map is the lazy map(), except that several processes would share the chunks.
+    # parallel_map is a lazy map(); with several processes each does a share of the chunks.
     found = parallel_map(write_reward_and_pick, list(enumerate(chunks)), "writing, judging")
     source = f"{len(prompts)} prompts with {n_candidates} candidates each"
-    # Count the outcomes; stop at n_pairs. If there is no pair, quote what reward_fn has replied.
+    # Count the outcomes, and stop at n_pairs. An error if there is no pair at all.
     return counted_pairs(found, n_pairs, source, reward_fn)
 
 
@@ -915,7 +919,8 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
 # minimises a weighted sum of objectives, each with its own examples:
 #     SFT         -log p of response tokens, for demonstrations and verdicts
 #     preference  dpo_loss or spin_loss of pairs, optionally plus -log p of the chosen response
-# An objective returns a SUM of losses and a COUNT; the loop divides one by the other.
+# An objective returns a SUM of losses and a COUNT, so that several processes can share a batch; the
+# loop divides the total sum by the total count.
 
 
 class Objective(NamedTuple):
@@ -1027,8 +1032,8 @@ def with_reference_logprobs(model, pairs):
 def shuffled_batches(examples, batch_size, generator, size=lambda example: 0):
     """Endless batches; every example is used once per epoch.
 
-    Every 2 * batch_size shuffled examples are sorted by size, so that most batches hold examples
-    of similar size and little padding.
+    Each run of 2 * batch_size shuffled examples is sorted by size, so that most batches hold
+    examples of similar size and little padding.
 
     >>> batches = shuffled_batches("abc", 2, torch.Generator().manual_seed(0))
     >>> sorted(next(batches) + next(batches) + next(batches))
@@ -1109,8 +1114,8 @@ def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
     for step in progress(range(1, steps + 1), f"training, {config.kind}"):
         # The learning rate climbs linearly to its peak, then falls linearly to zero, which it would
         # reach one step after the last.
-        height = min(step / peak_step, (steps + 1 - step) / (steps + 1 - peak_step))
-        optimizer.param_groups[0]["lr"] = config.learning_rate * height
+        fraction = min(step / peak_step, (steps + 1 - step) / (steps + 1 - peak_step))
+        optimizer.param_groups[0]["lr"] = config.learning_rate * fraction
         optimizer.zero_grad()
         loss, metrics = torch.zeros(()), {}
         for objective, stream in zip(objectives, batches):
@@ -1140,8 +1145,8 @@ def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
 # bottom. Defaults of losses and judging are those of the papers; the values that suit the letter
 # world and its small model are in section 11.
 #
-# A data set is anything with a length and an index, or a function that is called with the model as
-# the stage begins and returns one: train_dataset=lambda model: [...].
+# A data set is anything with len() and [i], or a function that returns one. It is called with the
+# model when the stage begins: train_dataset=lambda model: [...].
 
 
 class Context(NamedTuple):
@@ -1187,9 +1192,10 @@ class SFTConfig(StageConfig):
 class SelfPlayConfig(StageConfig):
     """SPIN [3]: prefer each demonstration to what the model answers when the stage begins.
 
-    A demonstration is preferred even where the model's own answer is better. So training ends at
+    A demonstration is preferred even where the model's own answer is better. So the rounds end at
     the demonstrations: once the model writes as they do, chosen and rejected answers are alike, and
-    nothing is left to learn (Theorem 5.2 of [3]). A long round with a small lam overshoots them.
+    nothing is left to learn (Theorem 5.2 of [3]). But the rejected answers of a round are those of
+    its start, so a long round with a small lam can go past that point.
     """
 
     kind: ClassVar[str] = "spin"
@@ -1224,7 +1230,7 @@ class DPOConfig(StageConfig):
 
     kind: ClassVar[str] = "dpo"
     pair_dataset: Any
-    beta: float = 0.1  # as in [1]; the recipe uses 1, which stays closer to the reference
+    beta: float = 0.1  # as in [1]; 1 in the recipe
     loss_fn: Callable = dpo_loss  # or any function of the same form, with the keyword beta
     nll_weight: float = 0.0  # of the likelihood term; see preference_objective
     max_epochs: float | None = 8  # more passes over few pairs overfit them
@@ -1239,7 +1245,7 @@ class DPOConfig(StageConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardStageConfig(StageConfig):
-    """Fields of SelfRewardDPOConfig and ExternalRewardDPOConfig, in which answers get rewards."""
+    """The settings that SelfRewardDPOConfig and ExternalRewardDPOConfig share."""
 
     prompt_dataset: Any  # prompts (str)
     beta: float = 0.1  # this and the next three as in DPOConfig
@@ -1247,7 +1253,7 @@ class RewardStageConfig(StageConfig):
     nll_weight: float = 0.0
     max_epochs: float | None = 8
     n_candidates: int = 4  # N in [1]
-    n_pairs: int | None = None  # None: as many as there are; 3,964 and 6,942 in [1]
+    n_pairs: int | None = None  # None: as many as there are; 3,964 and 6,942 in the rounds of [1]
     pick_pair: Callable = pick_best_worst
     is_valid_reward_pair: Callable[[float, float], bool] | None = None  # (chosen, rejected)
     pairs_file: Any = None  # a path: the pairs are saved there, to be looked at
@@ -1292,7 +1298,7 @@ class SelfRewardDPOConfig(RewardStageConfig):
 
     kind: ClassVar[str] = "self-reward"
     rewarding_model: nn.Module | None = None  # None: the model itself; another model: as in [4]
-    reward_config: RewardConfig | str | None = None  # or a name in context.judges; None: its first
+    reward_config: RewardConfig | str | None = None  # or a name in context.judges; None: the first
     n_judge_samples: int = 3  # judgements of an answer
     max_judge_tokens: int = 160  # of a reply; the default judge explains before it gives the score
     judge_temperature: float = 0.7
@@ -1336,14 +1342,15 @@ def run_stages(model, stages, context, first=0):
     """
     for index in range(first, len(stages)):
         seed = combine_seeds(context.seed, index)
-        with stage_named(index, stages[index]), seeded(seed):  # errors begin with the stage
+        with stage_named(index, stages[index]), seeded(seed):  # errors name the stage
             record = stages[index].run(model, context._replace(seed=seed))
         yield {"stage": index, "kind": stages[index].kind, **record}
 
 
 # 10. Measuring ------------------------------------------------------------------------------------
-# Two questions: how well does a model write, and how well does it judge? Watch self_score as well:
-# if a model's own score of its answers drifts away from the true score, the judge is being fooled.
+# Two questions: how well does a model write, and how well does it judge? Watch self_score as well,
+# the model's mean score of its own answers: if it drifts away from the true score, the judge is
+# being fooled.
 
 
 def judging_metrics(truth, judged):
@@ -1358,16 +1365,16 @@ def judging_metrics(truth, judged):
     judge_spearman   correlation of the ranks of true and judged scores, mean over the prompts
     judge_kendall    Kendall's tau-b: (right - wrong pairs) / pairs, corrected for ties
 
-    A judged NaN ties with everything in pairs and ranks, and counts as a miss otherwise. A prompt
-    for which a number is not defined does not count; the number is None if there is no other.
+    A judged NaN ties with everything in pairs and ranks, and counts as a miss otherwise. Prompts
+    for which a number is not defined are left out; the number is None if that leaves none.
 
     >>> judging_metrics(np.array([[1, 2, 3]]), np.array([[1, 3, 2]]))["judge_pairwise"]
     0.6666666666666666
     """
     # true_sign[p, i, j] is 1, 0 or -1: is answer i to prompt p better than, as good as, or worse
-    # than answer j? You may skip the rest. The cosine of the true and the judged signs is Kendall's
-    # tau. The sums of the signs over j are centred ranks, doubled (scores 1, 2, 3 give -2, 0, 2).
-    # The cosine of the true and the judged sums is Spearman's correlation.
+    # than answer j? (For the curious: the cosine of the true and the judged signs is Kendall's tau.
+    # The sums of the signs over j are centred ranks, doubled: scores 1, 2, 3 give -2, 0, 2. The
+    # cosine of the true and the judged sums is Spearman's correlation.)
     true_sign, judged_sign = (np.nan_to_num(np.sign(x[:, :, None] - x[:, None, :]))
                               for x in (truth, judged))
 
@@ -1399,9 +1406,10 @@ def head_to_head(scores, others):
 
 
 def measure(model, world, text, graded_answers, previous_scores):
-    """What is measured after each stage: writing by the true score ("oracle"), judging against it.
+    """What is measured after each stage: how well a model writes, and how well it judges.
     oracle_score, oracle_greedy: mean true score of drawn answers and of answers at temperature 0;
-    perfect_rate: share of drawn answers with 5; self_score: mean score that the model gives them.
+    perfect_rate: share of drawn answers with 5; self_score: mean score that the model gives them;
+    and judging_metrics of graded_answers.
 
     world: see section 11. graded_answers: a list of (prompt, answer, true score), five per prompt,
     or None if the model cannot judge yet. previous_scores: the `scores` (P, 5) of the model before,
@@ -1441,7 +1449,7 @@ def measure(model, world, text, graded_answers, previous_scores):
 #     CHAT_TEMPLATE, JUDGE, max_new_tokens     formats; a verdict has at most MAX_VERDICT_TOKENS
 #     demonstrations(n)            -> [(prompt, answer)]       to learn to answer
 #     judgements(n, model, tidy)   -> [(prompt, answer, verdict)]      to learn to judge; M0 writes
-#                                                              some answers; if tidy, no nonsense
+#                                                              some answers; tidy: see Recipe
 #     prompts(n, purpose)          -> [prompt]                 for a later stage, named by purpose
 #     eval_prompts                    [prompt]                 held out of all the data above
 #     graded_answers(model)        -> [(prompt, answer, true score)]   to measure judges; five per
@@ -1451,7 +1459,7 @@ def measure(model, world, text, graded_answers, previous_scores):
 # Two terms of the loss are not in [1]: the likelihood term, for which section 8 has the reason, and
 # REPLAY. A stage that trains on answers alone changes the weights that judge. Within a few rounds a
 # small model forgets how to judge, and its rewards become noise. So later stages rehearse the
-# judging data of M1. A program wrote their verdicts; it grades no answer that M2 or M3 learns from.
+# judging data of M1, whose verdicts a program wrote. All rewards come from the model itself.
 #
 # train() in section 18 puts this together, with files and a table:
 #     stages = recipe_stages(recipe, world, demonstrations, make_judgements)
@@ -1483,7 +1491,7 @@ class Recipe:
     dpo_steps: int = setting(240, 30, "updates for a later stage, at most 8 epochs of its pairs")
     dpo_learning_rate: float = setting(2.5e-4, None, "for later stages; 1e-3 forgets how to judge")
     beta: float = setting(1.0, None, "of DPO, and lambda of SPIN; 0.1 goes farther from M1")
-    nll_weight: float = setting(0.1, None, "of the likelihood term; 0: M3 ends lower")
+    nll_weight: float = setting(0.1, None, "of the likelihood term; 0: a lower true score")
     replay_weight: float = setting(4.0, None, "of the replayed judging data; 0: the judge forgets")
     n_candidates: int = setting(4, None, "answers to a prompt, as in [1]")
     judge_samples: int = setting(3, None, "judgements of an answer, as in [1]")
@@ -1491,16 +1499,15 @@ class Recipe:
     judgements: int = setting(12000, 1500, "number of judgements; 1,630 in [1], for 70B")
     stage_prompts: int = setting(1000, 96, "prompts for a later stage; about 950 give a pair")
     eval_prompts: int = setting(200, 40, "held-out prompts, with five answers to each")
-    tidy: bool = setting(False, None, "to try: judging data without nonsense, which fools it then")
+    tidy: bool = setting(False, None, "judging data without nonsense; it fools the judge")
 
 
 def recipe_stages(recipe, world, demonstrations, make_judgements):
     """The stages of the recipe.
 
-    demonstrations: (prompt, answer) pairs. make_judgements: None without judging data, or a
-    function that returns the same (prompt, answer, verdict) triples at each call. It is a function
-    because M0 writes some of the answers and has to exist first: at the first call, the function
-    of train() reads M0 from its checkpoint and calls world.judgements(n, M0, tidy).
+    demonstrations: (prompt, answer) pairs. make_judgements: a function that returns the judging
+    data, the same (prompt, answer, verdict) triples at each call; or None if there are none. It is
+    called when M1 begins, because M0 writes some of the answers.
 
     >>> [stage.kind for stage in recipe_stages(Recipe(), LetterWorld(), [("sort ba", "ab")], None)]
     ['sft', 'sft', 'self-reward', 'self-reward']
@@ -1508,8 +1515,8 @@ def recipe_stages(recipe, world, demonstrations, make_judgements):
     text = TextFormat(chat_template=world.CHAT_TEMPLATE)
     items = [text.item(prompt, answer) for prompt, answer in demonstrations]
 
-    # Two data sets that are made when a stage begins. A stage calls them with its model, which they
-    # do not use: M0 is the model of one stage only, and later ones rehearse the same data.
+    # Two data sets that are made when a stage begins. The stage calls them with its model, which
+    # they ignore: all stages use the same judging data.
 
     def judging_items(model):
         """To learn to judge: items of a judge prompt (no chat template around it) and a verdict."""
@@ -1517,7 +1524,7 @@ def recipe_stages(recipe, world, demonstrations, make_judgements):
                 for prompt, answer, verdict in make_judgements()]
 
     def both(model):
-        """By default about four gradings to one demonstration; fit() shuffles them."""
+        """By default about four verdicts to one demonstration; fit() shuffles them."""
         return items + judging_items(model) if make_judgements else items
 
     sft = dict(learning_rate=recipe.sft_learning_rate)
