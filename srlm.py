@@ -5,8 +5,8 @@ the probability of the answer it graded best, relative to the one it graded wors
 makes its answers better than the demonstrations it learned from, as long as it puts two answers in
 the right order more often than in the wrong one.
 
-    M0   stands in for a pretrained model: trained from random weights on demonstrations, prompts
-         and answers alike
+    M0   stands in for a pretrained model: trained from random weights on demonstrations, to predict
+         prompts and answers alike
     M1   M0 after supervised fine-tuning (SFT) on demonstrations and on judging data: answers with
          the verdicts of a program
     M2   M1 after DPO (section 5: a loss on pairs of answers) on pairs that M1 wrote and graded
@@ -14,7 +14,7 @@ the right order more often than in the wrong one.
 
 The loop in pseudocode, simplified, with the function names and sections of this file:
 
-    fit(model, sft_objective(demonstrations with their prompts))         # M0          sections 3, 8
+    fit(model, sft_objective(demonstrations, loss on prompts too))       # M0          sections 3, 8
     fit(model, sft_objective(demonstrations + judging data))             # M1
     for each round:                                                      # M2, M3      section 9
         for each prompt:                                                 #             section 7
@@ -72,7 +72,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
-# Idle threads of torch sleep, so that two runs can share a machine. To be set before the import.
+# Lets torch's idle threads sleep, so that two runs can share a machine. Must precede the import.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="1000")
 
@@ -103,8 +103,8 @@ def require(condition, message):
 #
 # The task has what the loop needs. The demonstrations are mediocre, so there is something to gain.
 # A model that imitates them writes answers of varying quality, so there is something to choose
-# from. And grading is easier than writing: a grade answers five yes-or-no questions about a text
-# that is there; to write a perfect answer, the model must sample every letter right.
+# from. And grading is easier than writing: to grade is to decide five yes-or-no questions about a
+# given text; to write a perfect answer, the model must sample every letter right.
 
 INSTRUCTIONS = {
     "sort": lambda letters: "".join(sorted(letters)),
@@ -178,7 +178,7 @@ class LetterTask:
 EOS = 256  # end of sequence: the model has finished its answer; no text contains this id
 VOCAB_SIZE = 257
 PAD = -1  # not a token: marks the empty places of a batch; replaced before any model sees them
-# Functions that take a padded tensor have a parameter pad_id, for tensors padded by other code.
+# Functions for tensors that other code may have padded have a parameter pad_id.
 
 
 def encode(text):
@@ -516,8 +516,8 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
                 # The first token whose cumulative probability exceeds the row's uniform number.
                 # (With torch.multinomial the draws of a row would depend on the other rows.)
                 precise = torch.float32 if ids.device.type == "mps" else torch.float64
-                cumulative = logits.to(precise).softmax(-1).cumsum(-1)  # (active rows, V), up to 1
-                level = noise[active, step, None].to(precise) * cumulative[:, -1:]  # 1, rounded
+                cumulative = logits.to(precise).softmax(-1).cumsum(-1)  # (active rows, V)
+                level = noise[active, step, None].to(precise) * cumulative[:, -1:]
                 tokens = torch.searchsorted(cumulative, level, right=True).squeeze(1)
             ids[active, lengths[active]] = tokens
             lengths[active] += 1
@@ -532,7 +532,7 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
 
 
 def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=None):
-    """One answer to each prompt: sample() for texts. `text` is a TextFormat.
+    """One answer to each prompt: sample() for texts. `text` is a TextFormat; text.text decodes.
 
     >>> model = Transformer(ModelConfig(dim=8, depth=1))
     >>> len(respond(model, ["sort ba", "sort dc"], TextFormat(), max_new_tokens=4))
@@ -550,11 +550,11 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 #     the mask    only tokens of the response count, EOS included, prompt and padding excluded
 #
 # What DPO wants. We have two responses to a prompt x, and somebody preferred the "chosen" one. The
-# obvious loss, -log p(chosen) + log p(rejected), has no minimum: log p(rejected) can always fall
-# further, and the model is changed until it writes nonsense. DPO starts from a goal that has an
-# optimum: maximise the mean of some reward r(x, y) over the responses y that the policy, written
-# pi(y|x), gives to x, minus beta times the mean of log( pi(y|x) / ref(y|x) ), where ref is the
-# reference. (In the end r drops out. Only which response was preferred is needed.)
+# obvious loss, -log p(chosen) + log p(rejected), has a gradient that never fades: however small
+# p(rejected) is, it is pushed down further, until the model writes nonsense. DPO starts from a goal
+# that has an optimum. Let pi be the policy and ref the reference. Maximise the mean of a reward
+# r(x, y) over the responses of the policy, minus beta times the mean of log( pi(y|x) / ref(y|x) ).
+# (In the end r drops out, and it is enough to know which response was preferred.)
 #
 #     max_pi  sum over y of [ pi(y|x) r(x, y) - beta pi(y|x) log( pi(y|x) / ref(y|x) ) ]
 #
@@ -567,16 +567,17 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 # (d/dpi of pi log(pi / ref) is log(pi / ref) + 1.) Solve for log(pi / ref), which is
 # r / beta - (1 + m(x) / beta). So the optimum is
 #
-#     pi(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x),   where Z(x) = exp(1 + m(x) / beta), which m(x)
-#                                                      sets so that all pi(y|x) add up to 1
+#     pi(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x),   where Z(x) = exp(1 + m(x) / beta); m(x) is
+#                                                      such that all pi(y|x) add up to 1
 #
 # Now take any policy pi, also the one in training, and put r = beta log(pi / ref) into the formula
 # for the optimum: it gives back pi, with Z = 1. So every policy is the optimum for a reward of its
 # own, its IMPLICIT REWARD. The usual way (RLHF) fits a reward to the preferences, and then searches
 # for its optimal policy. DPO changes pi until its implicit reward fits the preferences, and no
-# search is left. To fit means, after Bradley and Terry: y1 is preferred to y2 with probability
-# sigmoid(r(x, y1) - r(x, y2)), in which any term of x alone cancels. The loss is minus the log of
-# this probability, where y1 is the chosen response and y2 the rejected one:
+# search is left. How well a reward fits, the Bradley-Terry model says: y1 is preferred to y2 with
+# probability sigmoid(r(x, y1) - r(x, y2)). (Rewards that differ by a term of x alone, such as
+# beta log Z(x), fit equally well.) The loss is minus the log of this probability, where y1 is the
+# chosen response and y2 the rejected one:
 #
 #     -log sigmoid( beta log( pi(y1|x) / ref(y1|x) ) - beta log( pi(y2|x) / ref(y2|x) ) )
 #
@@ -590,8 +591,8 @@ def row_lengths(ids, pad_id):
     >>> row_lengths(torch.tensor([[0, 7, 0, 0]]), pad_id=0)
     tensor([2])
     """
-    place = torch.arange(1, ids.shape[1] + 1, device=ids.device)  # (T,)
-    return ((ids != pad_id) * place).amax(dim=1)  # the last place that is not pad_id
+    number = torch.arange(1, ids.shape[1] + 1, device=ids.device)  # (T,), 1 to T
+    return ((ids != pad_id) * number).amax(dim=1)  # the number of the last token
 
 
 def token_logprobs(model, ids, pad_id=PAD):
@@ -604,7 +605,7 @@ def token_logprobs(model, ids, pad_id=PAD):
     >>> token_logprobs(uniform, torch.tensor([[3, 1, 2]]))           # ln(1/4) each
     tensor([[-1.3863, -1.3863]])
     """
-    place = torch.arange(ids.shape[1], device=ids.device)  # (T,)
+    place = torch.arange(ids.shape[1], device=ids.device)  # (T,), 0 to T-1
     ids = ids.masked_fill(place >= row_lengths(ids, pad_id)[:, None], 0)
     logits = model(ids[:, :-1])  # (B, T-1, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -620,7 +621,7 @@ def response_mask(ids, prompt_lens, pad_id=PAD):
     >>> response_mask(torch.tensor([[5, 6, 7, 8, EOS, PAD]]), torch.tensor([2]))
     tensor([[False,  True,  True,  True, False]])
     """
-    predicted = torch.arange(1, ids.shape[1], device=ids.device)  # (T-1,), the places of t + 1
+    predicted = torch.arange(1, ids.shape[1], device=ids.device)  # (T-1,): t + 1 at index t
     end = row_lengths(ids, pad_id)
     return (predicted >= prompt_lens[:, None]) & (predicted < end[:, None])
 
@@ -750,7 +751,7 @@ class RewardConfig:
 
 # For a real chat model: put your model's chat format into this template, around the text. It asks
 # for points to be added up, as in [1]. Before any training to judge, the model of [1] agreed with
-# people on 65 % of the pairs of answers that way, and on 27 % when it had to pick one of 5 grades.
+# people on 65 % of the pairs of answers that way; it had 27 % when asked to pick one of 5 grades.
 DEFAULT_REWARD_CONFIG = RewardConfig(
     prompt_template="""
     Below are a user's request and an assistant's answer. Grade the answer by adding up points,
@@ -845,7 +846,7 @@ def pick_best_worst(rewards):
 
 
 def make_pair(prompt, candidates, rewards, pick_pair=pick_best_worst, is_valid_pair=None):
-    """(outcome, pair) of the N candidates of a prompt. The pair is None unless the outcome is
+    """(outcome, pair) of the N candidates of a prompt. The pair may be None. The outcomes are
         "pairs"      there is a pair
         "unparsed"   the picker found no two, and fewer than two candidates have a reward
         "tied"       the picker found no two, although two or more have one
@@ -871,7 +872,7 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
                          **sampling):
     """Write N candidates for each prompt, reward them, and pick one pair of each prompt.
 
-    Prompts are worked through in chunks of P. reward_fn is called once per chunk, with all P * N
+    Prompts are worked through in chunks of P <= 64. reward_fn is called once per chunk, with P * N
     candidates, and returns as many numbers in a list, array or tensor, NaN for no opinion.
     n_pairs: stop at this many. One pass over the prompts; a repeated prompt is asked again.
     is_valid_pair(chosen_reward, rejected_reward): see make_pair.
@@ -962,7 +963,7 @@ def sft_objective(items, weight=1.0):
 def pair_logprobs(model, pairs):
     """log p(chosen | prompt) and log p(rejected | prompt) of each pair: (B,) each, in nats.
 
-    >>> uniform = nn.Embedding.from_pretrained(torch.zeros(257, 257))    # a model of logits 0
+    >>> uniform = nn.Embedding.from_pretrained(torch.zeros(257, 257))    # a Module: ids -> logits 0
     >>> pair = PreferencePair(prompt=torch.tensor([7]), chosen=torch.tensor([8]),
     ...                       rejected=torch.tensor([9]))
     >>> pair_logprobs(uniform, [pair])                                     # ln(1/257) each
@@ -1010,7 +1011,7 @@ def with_reference_logprobs(model, pairs):
 
     DPO needs nothing else of its reference, so no second model is kept. Pairs are sorted by length
     and go through the model in pieces of about 4,096 tokens, because the logits of a piece take V
-    numbers per token. They come back in that order; fit shuffles them anyway.
+    numbers per token. The pairs come back sorted; fit shuffles them anyway.
 
     >>> uniform = nn.Embedding.from_pretrained(torch.zeros(257, 257))
     >>> pair = PreferencePair(*torch.tensor([[7], [8], [9]]))
@@ -1074,7 +1075,7 @@ class StageConfig:
     eval_fn: Callable[[nn.Module], Any] | None = None  # the weights with its best value are kept
     eval_every: int = 50  # updates between evaluations; 200 in [1]
     eval_mode: str = "max"  # is the best value the largest ("max") or the smallest ("min")?
-    patience: int | None = None  # evaluations without a new best that end the stage; None: never
+    patience: int | None = None  # stop after so many evaluations without a new best; None: never
 
     def __post_init__(self):
         check_fields(self)
@@ -1121,8 +1122,8 @@ def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
         for objective, stream in zip(objectives, batches):
             batch = next(stream)[rank::world_size]  # the share of this process
             loss_sum, count, metric_sums = objective.loss(model, batch)
-            # By the total count, so that the shares of all processes add up to the mean. (A mean
-            # of their means would weight tokens unequally.)
+            # Divide by the total count, so that the shares of all processes add up to the mean.
+            # (A mean of their means would weight tokens unequally.)
             count = sum_over_processes(count)
             loss = loss + objective.weight * loss_sum / count
             metrics |= {name: value / count for name, value in metric_sums.items()}
@@ -1194,8 +1195,8 @@ class SelfPlayConfig(StageConfig):
 
     A demonstration is preferred even where the model's own answer is better. So the rounds end at
     the demonstrations: once the model writes as they do, chosen and rejected answers are alike, and
-    nothing is left to learn (Theorem 5.2 of [3]). But the rejected answers of a round are those of
-    its start, so a long round with a small lam can go past that point.
+    nothing is left to learn (Theorem 5.2 of [3]). But within a round the rejected answers do not
+    change. A long round with a small lam overshoots: what was written too often becomes too rare.
     """
 
     kind: ClassVar[str] = "spin"
@@ -1263,7 +1264,7 @@ class RewardStageConfig(StageConfig):
 
 
 def preference_round(model, reward_fn, config, context):
-    """One round of the loop turns M1 into M2, say: write, judge, pair, freeze, minimise.
+    """One round of the loop, such as M1 to M2: write, judge, pair, freeze, minimise.
 
     Returns what fit() returns, and the counts of generate_preferences.
 
@@ -1354,8 +1355,8 @@ def run_stages(model, stages, context, first=0):
 
 
 def judging_metrics(truth, judged):
-    """How well `judged` follows `truth`, both (P, N) scores. After the columns of Table 4 in [1],
-    where best5 (of answers scored 5) and exact (of whole rankings) are defined differently.
+    """How well `judged` follows `truth`, both (P, N) scores. After Table 4 of [1]; there best5 is
+    about answers scored 5, and exact about whole rankings.
 
     judge_pairwise   of all pairs of answers to one prompt with different true scores, the share
                      put in the right order; a tie of judged scores is half a hit
@@ -1499,7 +1500,7 @@ class Recipe:
     judgements: int = setting(12000, 1500, "number of judgements; 1,630 in [1], for 70B")
     stage_prompts: int = setting(1000, 96, "prompts for a later stage; about 950 give a pair")
     eval_prompts: int = setting(200, 40, "held-out prompts, with five answers to each")
-    tidy: bool = setting(False, None, "judging data without nonsense; it fools the judge")
+    tidy: bool = setting(False, None, "no nonsense in the judging data: it then fools the judge")
 
 
 def recipe_stages(recipe, world, demonstrations, make_judgements):
@@ -1507,7 +1508,7 @@ def recipe_stages(recipe, world, demonstrations, make_judgements):
 
     demonstrations: (prompt, answer) pairs. make_judgements: a function that returns the judging
     data, the same (prompt, answer, verdict) triples at each call; or None if there are none. It is
-    called when M1 begins, because M0 writes some of the answers.
+    not called before M1 begins, because M0 writes some of the answers.
 
     >>> [stage.kind for stage in recipe_stages(Recipe(), LetterWorld(), [("sort ba", "ab")], None)]
     ['sft', 'sft', 'self-reward', 'self-reward']

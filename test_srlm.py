@@ -3624,7 +3624,7 @@ FAULTS = r"""
 -            found = model(piece)[torch.arange(len(n), device=n.device), n - 1]
 +            found = model(piece)[:, -1]
 @@ 5 tokens that look like padding vanish: test_a_pad_id_inside_a_row_is_a_token_like_any_other
--    return ((ids != pad_id) * place).amax(dim=1)  # the last place that is not pad_id
+-    return ((ids != pad_id) * number).amax(dim=1)  # the number of the last token
 +    return (ids != pad_id).sum(dim=1)
 @@ 6 the reference follows the model: test_the_reference_is_the_model_as_the_stage_begins
 -        ref_chosen = chosen.new_tensor([pair.ref_chosen for pair in batch])
