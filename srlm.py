@@ -19,20 +19,20 @@ The loop in pseudocode, simplified, with the function names and sections of this
     for each round:                                                      # M2, M3      section 9
         for each prompt:                                                 #             section 7
             answers = sample(model, the prompt, n_candidates times)      # write       section 4
-            rewards = judge(model, the prompt, answers)                  # judge       section 6
+            rewards = judge(model, its judge prompt, the prompt, answers)    # judge   section 6
             chosen, rejected = answers at pick_best_worst(rewards)       # pair
         for each pair, under the model as it is now:                     # freeze the reference
             ref_chosen   = sequence_logprobs(model, prompt + chosen)     # log p(chosen | prompt)
             ref_rejected = sequence_logprobs(model, prompt + rejected)   #             section 5
         for each batch of pairs:                                         # minimise    section 8
             policy_chosen, policy_rejected = the same for the batch, with gradients
-            losses = dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=1)
+            losses = dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=1)[0]
             loss = mean(losses - 0.1 policy_chosen) + 4 sft_loss(a batch of judging data)
             one step of AdamW
 
 The reference is the model as it was when the round began; the policy is the model in training. A
-larger beta keeps the policy closer to the reference. The last two terms of the loss keep it from
-drifting and from forgetting how to judge (sections 8 and 11).
+larger beta keeps the policy closer to the reference. The last two terms of the loss keep the model
+from drifting and from forgetting how to judge (sections 8 and 11).
 To run it:
 
     python srlm.py              # M0 to M3 on a CPU in two to three minutes, and a table
@@ -178,7 +178,7 @@ class LetterTask:
 EOS = 256  # end of sequence: the model has finished its answer; no text contains this id
 VOCAB_SIZE = 257
 PAD = -1  # not a token: marks the empty places of a batch; replaced before any model sees them
-# Functions for tensors that other code may have padded have a parameter pad_id.
+# Functions whose input may have been padded by other code take a pad_id.
 
 
 def encode(text):
@@ -368,7 +368,7 @@ class Transformer(nn.Module):
         self.to_logits = nn.Linear(config.dim, config.vocab_size, bias=False)
         for name, weight in self.named_parameters():
             if weight.ndim == 2:  # the norms keep their gain of 1
-                std = weight.shape[1] ** -0.5  # 1 / sqrt(number of inputs; for embedding: D)
+                std = weight.shape[1] ** -0.5  # 1 / sqrt(number of inputs), or of D for embedding
                 if name.endswith(("to_out.weight", "down.weight")):
                     std /= (2 * config.depth) ** 0.5  # x is a sum of 2 * depth outputs; as in GPT-2
                 nn.init.normal_(weight, std=std, generator=generator)
@@ -513,8 +513,9 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
             if temperature == 0:
                 tokens = logits.argmax(-1)
             else:
-                # The first token whose cumulative probability exceeds the row's uniform number.
-                # (With torch.multinomial the draws of a row would depend on the other rows.)
+                # The first token whose cumulative probability exceeds the row's uniform number
+                # (times the last one, 1 but for rounding). With torch.multinomial the draws of a
+                # row would depend on the other rows.
                 precise = torch.float32 if ids.device.type == "mps" else torch.float64
                 cumulative = logits.to(precise).softmax(-1).cumsum(-1)  # (active rows, V)
                 level = noise[active, step, None].to(precise) * cumulative[:, -1:]
@@ -559,8 +560,8 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 #     max_pi  sum over y of [ pi(y|x) r(x, y) - beta pi(y|x) log( pi(y|x) / ref(y|x) ) ]
 #
 # The sum of pi log(pi / ref) is the KL divergence, a measure of how far pi is from ref. The pi(y|x)
-# must add up to 1 over y. So add m(x) (1 - sum of pi) to the goal, where m(x) is a Lagrange
-# multiplier, and set the derivative with respect to each pi(y|x) to zero:
+# must add up to 1 over y. So add m(x) (1 - sum of pi) to the goal, with a number m(x) still to be
+# found (a Lagrange multiplier), and set the derivative with respect to each pi(y|x) to zero:
 #
 #     r(x, y) - beta (log( pi(y|x) / ref(y|x) ) + 1) - m(x) = 0
 #
@@ -570,14 +571,14 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 #     pi(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x),   where Z(x) = exp(1 + m(x) / beta); m(x) is
 #                                                      such that all pi(y|x) add up to 1
 #
-# Now take any policy pi, also the one in training, and put r = beta log(pi / ref) into the formula
+# Now take any policy pi, even the one in training, and put r = beta log(pi / ref) into the formula
 # for the optimum: it gives back pi, with Z = 1. So every policy is the optimum for a reward of its
 # own, its IMPLICIT REWARD. The usual way (RLHF) fits a reward to the preferences, and then searches
 # for its optimal policy. DPO changes pi until its implicit reward fits the preferences, and no
-# search is left. How well a reward fits, the Bradley-Terry model says: y1 is preferred to y2 with
-# probability sigmoid(r(x, y1) - r(x, y2)). (Rewards that differ by a term of x alone, such as
-# beta log Z(x), fit equally well.) The loss is minus the log of this probability, where y1 is the
-# chosen response and y2 the rejected one:
+# search is left. The Bradley-Terry model turns a reward into a prediction: y1 is preferred to y2
+# with probability sigmoid(r(x, y1) - r(x, y2)). (A term of x alone would cancel in the difference.)
+# The loss is minus the log of this probability, where y1 is the chosen response and y2 the rejected
+# one:
 #
 #     -log sigmoid( beta log( pi(y1|x) / ref(y1|x) ) - beta log( pi(y2|x) / ref(y2|x) ) )
 #
@@ -751,7 +752,7 @@ class RewardConfig:
 
 # For a real chat model: put your model's chat format into this template, around the text. It asks
 # for points to be added up, as in [1]. Before any training to judge, the model of [1] agreed with
-# people on 65 % of the pairs of answers that way; it had 27 % when asked to pick one of 5 grades.
+# people on 65 % of the pairs of answers that way; with a choice of five grades, on 27 %.
 DEFAULT_REWARD_CONFIG = RewardConfig(
     prompt_template="""
     Below are a user's request and an assistant's answer. Grade the answer by adding up points,
@@ -906,12 +907,14 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
                                        pick_pair, is_valid_pair))
         return found
 
-    # Chunks bound the memory. The first is small: a judge without any score is noticed early.
+    # Chunks bound the memory. The first is small, so that a judge that gives no score at all (see
+    # JudgeReward, section 13) ends the stage early.
     chunks = [prompts[:4], *(prompts[at : at + 64] for at in range(4, len(prompts), 64))]
     # parallel_map is a lazy map(); with several processes each does a share of the chunks.
     found = parallel_map(write_reward_and_pick, list(enumerate(chunks)), "writing, judging")
     source = f"{len(prompts)} prompts with {n_candidates} candidates each"
-    # Count the outcomes, and stop at n_pairs. An error if there is no pair at all.
+    # Count the outcomes, and stop at n_pairs. No pair at all is an error, which quotes source and
+    # the replies of a judge.
     return counted_pairs(found, n_pairs, source, reward_fn)
 
 
@@ -1193,10 +1196,11 @@ class SFTConfig(StageConfig):
 class SelfPlayConfig(StageConfig):
     """SPIN [3]: prefer each demonstration to what the model answers when the stage begins.
 
-    A demonstration is preferred even where the model's own answer is better. So the rounds end at
-    the demonstrations: once the model writes as they do, chosen and rejected answers are alike, and
-    nothing is left to learn (Theorem 5.2 of [3]). But within a round the rejected answers do not
-    change. A long round with a small lam overshoots: what was written too often becomes too rare.
+    A demonstration is preferred even where the model's own answer is better. So the model gets no
+    better than its demonstrations: once it writes as they do, chosen and rejected answers are
+    alike, and nothing is left to learn (Theorem 5.2 of [3]). But within a round the rejected
+    answers do not change, and a small lam is a loose tie to the opponent. So a long round with a
+    small lam overshoots: what was written too often becomes too rare.
     """
 
     kind: ClassVar[str] = "spin"
@@ -1355,8 +1359,7 @@ def run_stages(model, stages, context, first=0):
 
 
 def judging_metrics(truth, judged):
-    """How well `judged` follows `truth`, both (P, N) scores. After Table 4 of [1]; there best5 is
-    about answers scored 5, and exact about whole rankings.
+    """How well `judged` follows `truth`, both (P, N) scores. After Table 4 of [1].
 
     judge_pairwise   of all pairs of answers to one prompt with different true scores, the share
                      put in the right order; a tie of judged scores is half a hit
@@ -1366,6 +1369,7 @@ def judging_metrics(truth, judged):
     judge_spearman   correlation of the ranks of true and judged scores, mean over the prompts
     judge_kendall    Kendall's tau-b: (right - wrong pairs) / pairs, corrected for ties
 
+    (In Table 4 best5 is about answers scored 5, and exact about whole rankings.)
     A judged NaN ties with everything in pairs and ranks, and counts as a miss otherwise. Prompts
     for which a number is not defined are left out; the number is None if that leaves none.
 
@@ -1437,7 +1441,7 @@ def measure(model, world, text, graded_answers, previous_scores):
         found["self_score"] = None if math.isnan(self_score) else self_score
         if graded_answers:  # your own data may have no held-out example
             prompts, responses, truth = zip(*graded_answers)
-            # With one answer per prompt, all answers are compared as if to one prompt.
+            # With one answer per prompt, all answers are compared as if they had one prompt.
             shape = (-1, 5) if world.score else (1, -1)
             judged = grade(prompts, responses).numpy()
             found |= judging_metrics(np.reshape(truth, shape), np.reshape(judged, shape))
@@ -1451,7 +1455,7 @@ def measure(model, world, text, graded_answers, previous_scores):
 #     demonstrations(n)            -> [(prompt, answer)]       to learn to answer
 #     judgements(n, model, tidy)   -> [(prompt, answer, verdict)]      to learn to judge; M0 writes
 #                                                              some answers; tidy: see Recipe
-#     prompts(n, purpose)          -> [prompt]                 for a later stage, named by purpose
+#     prompts(n, purpose)          -> [prompt]                 for a later stage; its name: purpose
 #     eval_prompts                    [prompt]                 held out of all the data above
 #     graded_answers(model)        -> [(prompt, answer, true score)]   to measure judges; five per
 #                                                              prompt, or one if score is None
@@ -1500,7 +1504,7 @@ class Recipe:
     judgements: int = setting(12000, 1500, "number of judgements; 1,630 in [1], for 70B")
     stage_prompts: int = setting(1000, 96, "prompts for a later stage; about 950 give a pair")
     eval_prompts: int = setting(200, 40, "held-out prompts, with five answers to each")
-    tidy: bool = setting(False, None, "no nonsense in the judging data: it then fools the judge")
+    tidy: bool = setting(False, None, "judging data without nonsense, which then fools the judge")
 
 
 def recipe_stages(recipe, world, demonstrations, make_judgements):
@@ -1508,7 +1512,7 @@ def recipe_stages(recipe, world, demonstrations, make_judgements):
 
     demonstrations: (prompt, answer) pairs. make_judgements: a function that returns the judging
     data, the same (prompt, answer, verdict) triples at each call; or None if there are none. It is
-    not called before M1 begins, because M0 writes some of the answers.
+    called only when the training of M1 begins, because M0 writes some of the answers.
 
     >>> [stage.kind for stage in recipe_stages(Recipe(), LetterWorld(), [("sort ba", "ab")], None)]
     ['sft', 'sft', 'self-reward', 'self-reward']

@@ -1020,6 +1020,7 @@ def test_text_may_touch_the_number(before, after, number, variable):
 
 @grades("RewardConfig.parse")
 @given(st.text() | TOUCHING, TOUCHING, TOUCHING)
+@example("5", "Score: ", "")
 def test_parse_never_raises(reply, before, after):
     """Every reply gives a finite number or None, whatever the template."""
     config = verdict(before + "{{ reward }}" + after)
