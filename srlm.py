@@ -1453,8 +1453,9 @@ def measure(model, world, text, graded_answers, previous_scores):
 #
 #     CHAT_TEMPLATE, JUDGE, max_new_tokens     formats; a verdict has at most MAX_VERDICT_TOKENS
 #     demonstrations(n)            -> [(prompt, answer)]       to learn to answer
-#     judgements(n, model, tidy)   -> [(prompt, answer, verdict)]      to learn to judge; M0 writes
-#                                                              some answers; tidy: see Recipe
+#     judgements(n, model, tidy)   -> [(prompt, answer, verdict)]      to learn to judge; `model`
+#                                                              is M0, which writes some of the
+#                                                              answers; for tidy see Recipe
 #     prompts(n, purpose)          -> [prompt]                 for a later stage; its name: purpose
 #     eval_prompts                    [prompt]                 held out of all the data above
 #     graded_answers(model)        -> [(prompt, answer, true score)]   to measure judges; five per
@@ -1467,6 +1468,8 @@ def measure(model, world, text, graded_answers, previous_scores):
 # judging data of M1, whose verdicts a program wrote. All rewards come from the model itself.
 #
 # train() in section 18 puts this together, with files and a table:
+#     world = LetterWorld(seed=seed)
+#     demonstrations = world.demonstrations(recipe.demonstrations)
 #     stages = recipe_stages(recipe, world, demonstrations, make_judgements)
 #     for record in run_stages(model, stages, Context(text, {"default": world.JUDGE}, seed)):
 #         print(measure(model, world, text, graded_answers, previous_scores))
