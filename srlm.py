@@ -471,7 +471,7 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
     """Continue each prompt; return the NEW tokens of each, EOS included.
 
     prompts: 1-D rows of any lengths, without padding, or a (B, T) tensor padded with pad_id on
-    either side.
+    either side. (Inside a row, pad_id is a token.) logit_filter: (B, V) -> (B, V).
     A token is drawn from softmax(logit_filter(logits / temperature)); temperature=0 takes the most
     likely one of logit_filter(logits). Generation of a row stops at EOS (with eos_id=None it never
     does), after max_new_tokens, or when prompt and answer together have the model's max_seq_len
@@ -482,7 +482,7 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
     and values of earlier tokens, would make it B * (prompt + new).
 
     ValueError: an empty prompt, no room for a new token, max_new_tokens < 1, temperature < 0, or
-    logits that are NaN, +inf, or all -inf.
+    logits that are (after the filter) NaN, +inf, or all -inf.
 
     >>> class CountUp(nn.Module):                     # after token i comes token i + 1
     ...     def forward(self, ids):
@@ -786,7 +786,8 @@ def judge(model, reward_config, prompts, responses, *, encode=encode, decode=dec
 
     Each response is judged n_samples times (3 in [1]), and the valid scores are averaged. Only the
     reply is parsed, so a "Score: 5" inside a response is never taken for the score.
-    encode, decode, eos_id: of the judging model. (A judge prompt has no chat template around it.)
+    encode, decode, eos_id: of the judging model. A reply is decoded without its EOS. (A judge
+    prompt has no chat template around it.)
 
     ValueError: unequal numbers of prompts and responses, or a judge prompt that leaves the model no
     room to reply.
@@ -851,7 +852,7 @@ def make_pair(prompt, candidates, rewards, pick_pair=pick_best_worst, is_valid_p
         "pairs"      there is a pair
         "unparsed"   the picker found no two, and fewer than two candidates have a reward
         "tied"       the picker found no two, although two or more have one
-        "invalid"    the two have equal tokens, or is_valid_pair refuses them
+        "invalid"    the two have equal tokens, or is_valid_pair refuses their rewards
 
     >>> make_pair(torch.tensor([7]), torch.tensor([[8], [9]]), torch.tensor([1.0, 1.0]))
     ('tied', None)
@@ -876,8 +877,9 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
     Prompts are worked through in chunks of P <= 64. reward_fn is called once per chunk, with P * N
     candidates, and returns as many numbers in a list, array or tensor, NaN for no opinion.
     n_pairs: stop at this many. One pass over the prompts; a repeated prompt is asked again.
-    is_valid_pair(chosen_reward, rejected_reward): see make_pair.
-    sampling: max_new_tokens, temperature, logit_filter of sample(). All draws follow from the seed.
+    is_valid_pair(chosen_reward, rejected_reward): by default, chosen_reward > rejected_reward.
+    sampling: max_new_tokens, temperature, logit_filter of sample(). All draws follow from the seed,
+    those of reward_fn and pick_pair too, because it seeds torch's global generator.
 
     Returns the pairs, and how many prompts ended in each outcome of make_pair. ValueError if there
     is no pair at all, a warning if there are fewer than n_pairs.
@@ -1367,7 +1369,7 @@ def judging_metrics(truth, judged):
                      judged score, is one of the truly best
     judge_exact      share of the answers whose judged score, rounded, is the true score
     judge_spearman   correlation of the ranks of true and judged scores, mean over the prompts
-    judge_kendall    Kendall's tau-b: (right - wrong pairs) / pairs, corrected for ties
+    judge_kendall    mean of Kendall's tau-b: (right - wrong pairs) / pairs, corrected for ties
 
     (In Table 4 best5 is about answers scored 5, and exact about whole rankings.)
     A judged NaN ties with everything in pairs and ranks, and counts as a miss otherwise. Prompts
@@ -1968,9 +1970,10 @@ def parallel_map(work, items, title):
 
 def sum_over_processes(value):
     """The sum of one number of each process."""
+    if not dist.is_initialized():
+        return float(value)
     total = torch.tensor(float(value), dtype=torch.float64)
-    if dist.is_initialized():
-        dist.all_reduce(total)
+    dist.all_reduce(total)
     return total.item()
 
 

@@ -300,6 +300,7 @@ def write(model=None, prompts=WORDS, reward_fn=ODD, **how):
 @grades("encode", "decode")
 @given(st.text())
 @example("abé")
+@example("e\u0301")
 def test_decode_inverts_encode_and_no_text_encodes_to_a_special_id(text):
     """The ids of a text are its UTF-8 bytes, and decoding gives the text back."""
     same(list(srlm.encode(text)), list(text.encode()), of="the ids of the text")
@@ -434,7 +435,7 @@ def test_top_p(seed, rows, vocab, p):
     """The tokens kept are the likeliest, reach p together, and would not without the last one."""
     logits = 2 * torch.randn(rows, vocab, generator=generator(seed), dtype=torch.float64)
     logits = logits.round() if seed % 2 else logits  # half of the rows have ties
-    found = srlm.top_p(logits, p)
+    found = srlm.top_p(logits.clone(), p)
     kept = found.isfinite()
     close(found, logits.masked_fill(~kept, -INF), 1e-5)
     for probs, stays in zip(logits.softmax(-1), kept):
@@ -449,10 +450,13 @@ def test_top_p(seed, rows, vocab, p):
 @grades("top_p")
 @given(SEEDS)
 def test_top_p_of_1_keeps_unlikely_tokens(seed):
-    """p=1 keeps every token, also where the probabilities of the others are rounded to 1."""
+    """p=1 keeps every token, also unlikely ones; a smaller p just those that it needs."""
     logits = 9 * torch.randn(1, 200, generator=generator(seed))
     for p in (1, 1.0):
         close(srlm.top_p(logits, p), logits, of=f"top_p(logits, {p})")
+    for n, p in enumerate((0, 0.25, 0.5, 0.75, 1)):
+        kept = srlm.top_p(torch.zeros(1, 4), p).isfinite().sum()
+        same(int(kept), max(n, 1), of=f"how many of four equal logits top_p keeps for p={p}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -466,7 +470,8 @@ def test_top_p_of_a_large_vocabulary(dtype):
 
 
 @grades("top_k", "top_p")
-@pytest.mark.parametrize("name, value", [("top_k", 0), ("top_k", -1), ("top_p", -1), ("top_p", 2)])
+@pytest.mark.parametrize("name, value", [("top_k", 0), ("top_k", -1), ("top_p", -1), ("top_p", 2),
+                                         ("top_p", NAN)])
 def test_filters_refuse_what_makes_no_sense(name, value):
     """k below 1 and p outside of 0 to 1 are a ValueError."""
     with pytest.raises(ValueError):
@@ -489,6 +494,7 @@ def test_every_filter_can_be_sampled_from(seed, temperature, k, p):
 
 
 def no_best(logits):
+    assert logits.ndim > 1, f"logit_filter takes (B, V), but yours gives {tuple(logits.shape)}"
     return logits.masked_fill(logits == logits.amax(-1, keepdim=True), -INF)
 
 
@@ -564,7 +570,8 @@ def test_without_eos_a_row_ends_by_its_length():
     """With eos_id=None, 256 is a token like any other; by default it ends a row."""
     following = torch.arange(1, 258).clamp(max=256)  # after token i comes i + 1, and 256 after 256
     model = nn.Embedding.from_pretrained(torch.eye(257)[following])
-    draw = lambda **how: srlm.sample(model, [[254]], max_new_tokens=4, temperature=0, **how)[0]
+    prompts = [[254]]  # which stays as it is
+    draw = lambda **how: srlm.sample(model, prompts, max_new_tokens=4, temperature=0, **how)[0]
     same(draw(), torch.tensor([255, 256]), of="tokens after 254")
     same(draw(eos_id=None), torch.tensor([255, 256, 256, 256]), of="tokens if eos_id is None")
 
@@ -599,8 +606,9 @@ def test_drawn_frequencies_match_the_softmax(logit_filter, temperature):
     close(torch.bincount(pairs, minlength=25) / n, expected.flatten(), 0.07,
           of="the share of each of the 25 pairs of tokens")
     flat = nn.Embedding.from_pretrained(torch.tensor([0.5] + [0.0025] * 200).log().repeat(201, 1))
-    rows = srlm.sample(flat, [[1]] * n, max_new_tokens=1, eos_id=None, generator=generator(0))
-    close((torch.cat([*rows]) == 0).float().mean(), 0.5, 0.07, of="the share of a token with p = 0.5")
+    rows = torch.cat(srlm.sample(flat, [[1]] * n, max_new_tokens=1, eos_id=0, generator=generator(0)))
+    shares = [(rows == 0).float().mean(), (rows > 160).float().mean()]
+    close(shares, [0.5, 0.1], 0.07, of="the shares of EOS with p = 0.5, and of 40 tokens with 0.0025")
 
 
 REFUSED = [([[1], []], {}, "prompt 1 has 0 tokens"), ([[1] * 6], {}, "prompt 0 has 6 tokens.*6"),
@@ -609,8 +617,22 @@ REFUSED = [([[1], []], {}, "prompt 1 has 0 tokens"), ([[1] * 6], {}, "prompt 0 h
 
 @grades("sample")
 @pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("place, logit", [((4, 0), NAN), ((4, 0), INF), (4, -INF)])
+def test_one_bad_logit_is_refused(place, logit, temperature):
+    """Logits that are NaN, +inf or all -inf are refused in any row and at any step."""
+    model = nn.Embedding.from_pretrained(99 * torch.eye(5)[[0, 2, 1, 4, 0]])  # after 1: 2, after 3: 4
+    draw = lambda: srlm.sample(model, [[1], [3]], max_new_tokens=3, temperature=temperature)
+    draw()
+    model.weight[place] = logit
+    with pytest.raises(ValueError):
+        draw()
+
+
+@grades("sample")
+@pytest.mark.parametrize("temperature", [0, 1.0])
 @pytest.mark.parametrize("prompts, how, logit", [*[(*case[:2], 0.0) for case in REFUSED],
                                                  *[([[1, 2]], {}, x) for x in (NAN, INF, -INF)],
+                                                 ([[1, 2]], dict(logit_filter=lambda x: x - INF), 0.0),
                                                  ([[1, 2]], dict(max_new_tokens=0), 0.0),
                                                  ([[1, 2]], dict(temperature=-1.0), 0.0)])
 def test_what_cannot_be_sampled_is_refused(prompts, how, logit, temperature):
@@ -1055,12 +1077,14 @@ def test_white_space_and_case_do_not_matter(one, two, changed, number):
     ("Score: [1]", 1), ("Score: (1)", 1), ("Score: 1. No, score:4/5", 4), ("Score: 007", 7),
     ("Score: nan", None), ("Score: ٣", None), ("Score: " + "9" * 400, None), ("Score: .5", 0.5),
     ("Score: 4.", 4), ("Score: 2 Score: 9", 9), ("Score: 3, no: Score: -1", -1), ("Score: `4`", 4),
-    ("Score: 0", 0), ("Score: about 4", None)])
+    ("Score: 0", 0), ("Score: about 4", None), ("Score: '4'", 4), ("Score: {4}", 4)])
 def test_parse_by_hand(reply, score):
-    """All forms of verdicts are read, and a score outside of the range 0 to 5 counts as none."""
-    in_range = score if score is not None and 0 <= score <= 5 else None
-    for config, expected in ((SCORE, score), (srlm.DEFAULT_REWARD_CONFIG, in_range)):
-        is_read_as(config, reply, expected)
+    """All forms of verdicts are read, and a score outside of the range counts as none."""
+    is_read_as(SCORE, reply, score)
+    for low, high in ((0, 5), (1, 10), (-1, 1)):
+        config = dataclasses.replace(SCORE, reward_range=(low, high))
+        in_range = score if score is not None and low <= score <= high else None
+        is_read_as(config, reply, in_range)
 
 
 @given(*[DECORATION] * 4, st.sampled_from(["", *"\"'([{<“‘"]), st.integers(-9000, 9000),
@@ -1077,6 +1101,7 @@ def test_a_decorated_number_is_read(one, two, three, four, opening, thousandths,
 @pytest.mark.parametrize("template, reply, score", [
     ("{{ reward }}", "12", 12), ("{{ reward }}", "a 12", 12), ("{{ reward }}", "3 or 45", 45),
     ("{{ reward }}", "x", None), ("{{ reward }} points", "12 points, not 3", 12),
+    ("{{ reward }} points", "12points", 12),
     ("{{ reward }}", "-1", -1), ("{{ reward }}", "2.5", 2.5), ("Score: {{ reward }}", "Score: [(4", None),
     ("**Score:** {{ reward }}", "Score: 4", 4), ("final_score: {{ reward }}", "final_score: 4", 4),
     ("= {{ reward }} of 5", "= 3 of 5, no: = 4 of 6", 3), ("Score ({{ reward }})", "Score (4)", 4)])
@@ -1144,10 +1169,14 @@ def test_the_judge_is_shown_each_prompt_with_its_response():
     """The judge sees each prompt beside its own response; rewards are in their order."""
     model = Scripted(lambda asked: f"Score: {len(asked)}")
     indented = dataclasses.replace(SCORE, prompt_template="  {{ prompt }} {{response}}\n")
-    found = srlm.judge(model, indented, ["ab", "{{ response }}", "ab"], ["d", "{{ prompt }}", "efg"])
-    same(sorted(model.seen), ["ab d", "ab efg", "{{ response }} {{ prompt }}"],
+    found = srlm.judge(model, indented, ["ab", "{{ response }}", " ab"], ["d", "{{ prompt }}", "efg "])
+    same(sorted(model.seen), [" ab efg ", "ab d", "{{ response }} {{ prompt }}"],
          of="what the judge was shown")
-    close(found, [4.0, 27.0, 6.0], 1e-5, of="rewards")
+    close(found, [4.0, 27.0, 8.0], 1e-5, of="rewards")
+    following = torch.full((257,), srlm.EOS)
+    following[[ord("r"), ord("\n")]] = torch.tensor([ord("\n"), ord("4")])  # the reply is "\n4"
+    two_lines = nn.Embedding.from_pretrained(60 * torch.eye(257)[following])
+    close(srlm.judge(two_lines, verdict("{{ reward }}"), ["p"], ["r"]), [4.0], of="a score in line 2")
     count = dataclasses.replace(SCORE, parse_reward=len)
     close(srlm.judge(model, count, ["p"], ["r"]), [8.0], 1e-5, of="rewards of parse_reward=len")
     close(srlm.judge(model, SCORE, [], []), [], of="rewards of no responses")
@@ -1222,6 +1251,9 @@ REWARDS = st.lists(st.sampled_from([NAN, -1.0, 0.0, 2.25, 2.5, 5.0]), max_size=6
 @example(torch.tensor([NAN, -1.0, -2.0]))
 @example(torch.tensor([NAN, 1.0, 2.0]))
 @example(torch.tensor([2.25, 2.5]))
+@example(torch.tensor([150.0, 200, NAN]))
+@example(torch.tensor([-150.0, -200, NAN]))
+@example(torch.tensor([1.0, 1.001]))
 def test_the_best_and_the_worst_are_picked(rewards):
     """The first index has the highest reward, the second the lowest; NaN never counts."""
     picked, known = srlm.pick_best_worst(rewards.clone()), {r for r in rewards.tolist() if r == r}
@@ -1282,7 +1314,8 @@ def written(reward, prompts=("ab", "c", "dog", "egg", "fun", "go"), **how):
     (7, {"ab": [2] * 4, "c": [NAN] * 4, "egg": [3, NAN, NAN, NAN]})])
 def test_a_tie_skips_one_prompt_and_no_other(n_candidates, special):
     """Each prompt gives the best and the worst of its own answers, or is counted as what it is."""
-    usual = lambda prompt: range(10 * ord(prompt[0]), 9999)  # no two prompts have the same
+    first = lambda prompt: 100.25 - ord(prompt[0])  # no two prompts have the same; some are below 0
+    usual = lambda prompt: [first(prompt) + i / 8 for i in range(4)]
     reward = lambda prompt, digit: special.get(prompt, usual(prompt))[digit - 1]
     pairs, counts, found = written(reward, n_candidates=n_candidates)
     expected, ends = [], dict(pairs=0, unparsed=0, tied=0, invalid=0)
@@ -1295,7 +1328,7 @@ def test_a_tie_skips_one_prompt_and_no_other(n_candidates, special):
             (best, chosen), (worst, rejected) = max(known), min(known)
             expected.append((prompt, chosen, rejected, best, worst))
     same(sorted(pairs), sorted(expected), of="pairs: prompt, chosen, rejected and their rewards")
-    same(counts, ends, of="counts")
+    same({end: counts[end] for end in ends}, ends, of="counts")
 
 
 @grades("generate_preferences")
@@ -1306,12 +1339,14 @@ def test_generation_stops_at_n_pairs_or_warns():
     for reward, of in ((rising, "pairs"), (late, "pairs, where the first two prompts give none")):
         pairs, counts, _ = written(reward, n_candidates=6, n_pairs=3)
         same([len(pairs), counts["pairs"]], [3, 3], of=f"{of}, and their count")
-    with pytest.warns(Warning):
-        pairs, counts, _ = written(rising, n_candidates=6, n_pairs=9)
+    said = {}
+    for n_pairs in (1, 9):  # enough, and more than there are
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pairs, counts, _ = written(rising, n_candidates=6, n_pairs=n_pairs)
+        said[n_pairs] = {re.sub("[0-9]", "", str(warning.message)) for warning in caught}
+    assert said[9] - said[1], "no warning that there are fewer, or the same where there are enough"
     same([counts["pairs"], sum(counts.values())], [len(pairs), 6], of="counts, if there are fewer")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # there are enough
-        _, counts, _ = written(rising, prompts=["ab"] * 6, n_candidates=6, n_pairs=1)
     _, counts, _ = written(rising, prompts=["ab"] * 6, n_candidates=6)
     same(sum(counts.values()), 6, of="counts of a prompt that occurs six times")
 
@@ -1325,7 +1360,7 @@ def test_the_seed_decides_what_is_drawn():
         torch.rand(3)  # what was drawn before does not matter
         return [list(pair) for pair in write(prompts=WORDS * 2, reward_fn=lucky, seed=seed)[0]]
 
-    one, again, other = draw(1), draw(1), draw(2)
+    one, again, other = draw(1), draw(1), draw(3)
     same(again, one, of="pairs of the same seed")
     assert plain(one) != plain(other), "two seeds give the same pairs"
     chosen = {str(plain(pair.chosen)) for pair in write(prompts=["a"] * 60)[0]}
@@ -1334,9 +1369,13 @@ def test_the_seed_decides_what_is_drawn():
 
 @grades("generate_preferences")
 def test_equal_tokens_are_no_pair():
-    """Two equal answers, or rewards that is_valid_pair refuses, are counted as invalid."""
+    """Two answers of equal tokens, or rewards that is_valid_pair refuses, are counted as invalid."""
+    rising = lambda prompts, responses: [*range(len(responses))]
     with pytest.raises(ValueError):
-        write(reward_fn=lambda prompts, responses: [*range(len(responses))], temperature=0)
+        write(reward_fn=rising, temperature=0)
+    silent = dataclasses.replace(TEXT, decode=lambda ids: "")
+    pairs, _ = write(reward_fn=rising, text=silent)
+    same(len(pairs), len(write(reward_fn=rising)[0]), of="pairs, if other tokens have equal texts")
     reward = lambda prompt, digit: digit + 100 * (prompt == "ab")
     pairs, counts, _ = written(reward, n_candidates=12, is_valid_pair=lambda best, _: best < 100)
     assert counts["invalid"] == 1 and counts["pairs"] == len(pairs) == 5, f"{counts}"
@@ -1357,9 +1396,11 @@ def test_no_pair_at_all_is_an_error_in_bounded_time(value, n_pairs):
 
 @grades("generate_preferences")
 def test_an_answer_that_was_cut_off_has_no_eos():
-    """Answers keep the EOS that they ended with; those cut off at max_new_tokens have none."""
-    pairs, _ = write(max_new_tokens=3, prompts=WORDS * 9)
+    """Answers are sampled as asked for, and keep EOS; those cut off at max_new_tokens have none."""
+    no_d = torch.zeros(9).index_fill(0, torch.tensor([3]), -INF)
+    pairs, _ = write(max_new_tokens=3, prompts=WORDS * 9, logit_filter=lambda logits: logits + no_d)
     rows = [row for pair in pairs for row in (pair.chosen, pair.rejected)]
+    assert not any(3 in row for row in rows), "logit_filter forbids token 3, but yours has drawn it"
     wrong = [row for row in rows if 8 in row[:-1] or (row[-1] != 8 and len(row) < 3)]
     assert not wrong, f"EOS is 8 and rows have 3 tokens at most, but yours has {wrong[0]}"
     assert {bool(row[-1] == 8) for row in rows} == {True, False}, "no row has, or lacks, EOS (8)"
@@ -1542,9 +1583,11 @@ TRUTH = np.array([[0.0, 1, 2, 3, 5]])
     (TRUTH, TRUTH, [1, 1, 1, 1, 1]), (TRUTH, TRUTH / 3, [1, 1, 0.2, 1, 1]),
     (TRUTH, 5 - TRUTH, [0, 0, 0, -1, -1]), (5 - TRUTH, TRUTH * NAN, [0.5, 0, 0, None, None]),
     (TRUTH * 0, TRUTH, [None, 1, 0.2, None, None]), (TRUTH, TRUTH * 0, [0.5, 0, 0.2, None, None]),
-    (np.array([[0.0, 5]]), np.array([[NAN, 0]]), [0.5, 1, 0, None, None])],
+    (np.array([[0.0, 5]]), np.array([[NAN, 0]]), [0.5, 1, 0, None, None]),
+    (np.array([[0.0, 5]] * 2), np.array([[0, 5], [NAN, NAN]]), [0.75, 0.5, 0.5, 1, 1]),
+    (TRUTH, TRUTH + [0.45, -0.45, 0.45, -0.45, 0.55], [1, 1, 0.8, 1, 1])],
     ids=["right", "low", "reversed", "silent", "all true scores equal", "all judged scores equal",
-         "NaN before a 0"])
+         "NaN before a 0", "silent for one of two prompts", "off by almost, and by more than, 1/2"])
 def test_judging_metrics_by_hand(truth, judged, expected):
     """Judges that are right, low, reversed or silent get what they should, or None."""
     found = srlm.judging_metrics(truth, judged)
@@ -3497,11 +3540,15 @@ def grade_unit(report, path, unit):
     """Run the tests of a unit on the reader's version. srlm lends what is still blank in the file."""
     module, owner = imported(path), unit.rpartition(".")[0]
     written, original = part_of(module, unit), part_of(srlm, unit)
-    vars(module).update({other: part_of(srlm, other) for other in UNITS if is_blank(part_of(module, other))})
     for name, part in vars(getattr(module, owner)).items() if owner else ():
-        if not (name.startswith("__") or part is written or is_blank(part)):  # what its method may use
+        is_kept = name.startswith("__") or name in getattr(srlm, owner).__dataclass_fields__
+        if not (is_kept or part is written or is_blank(part)):  # what its method may use
             setattr(getattr(srlm, owner), name, part)
-    with replaced(original, written):
+    blanks = [(part_of(module, other), part_of(srlm, other)) for other in UNITS]
+    with contextlib.ExitStack() as stack:
+        for old, new in [*blanks, (original, written)]:
+            if old is original or is_blank(old):
+                stack.enter_context(replaced(old, new))
         run_tests(report, "grade", HERE / "test_srlm.py", UNITS[unit])
 
 
