@@ -1348,10 +1348,10 @@ def run_stages(model, stages, context, first=0):
     ['sft', 'sft']
     """
     for index in range(first, len(stages)):
-        seed = combine_seeds(context.seed, index)
-        with stage_named(index, stages[index]), seeded(seed):  # errors name the stage
-            record = stages[index].run(model, context._replace(seed=seed))
-        yield {"stage": index, "kind": stages[index].kind, **record}
+        stage, seed = stages[index], combine_seeds(context.seed, index)
+        with named(f"stage {index} ({stage.kind})", ValueError), seeded(seed):  # errors name it
+            record = stage.run(model, context._replace(seed=seed))
+        yield {"stage": index, "kind": stage.kind, **record}
 
 
 # 10. Measuring ------------------------------------------------------------------------------------
@@ -1993,6 +1993,17 @@ def progress(steps, title):
 # 15. Checks ---------------------------------------------------------------------------------------
 # A user's mistake becomes one line that says what is wrong, where, and both values.
 
+
+@contextlib.contextmanager
+def named(where, errors=Exception):
+    """Turn an error within the block into a ValueError that begins with where it happened."""
+    try:
+        yield
+    except errors as error:
+        reason = " ".join(str(error).splitlines()[:2])  # torch names a weight in the second line
+        raise ValueError(f"{where}: {reason}") from error
+
+
 _LOWEST = {"n_candidates": 2, "warmup": 0, "weight_decay": 0, "temperature": 0, "seed": 0,
            "judge_temperature": 0, "replay_weight": 0, "nll_weight": 0}  # all others: above 0
 
@@ -2050,17 +2061,20 @@ def vocabulary_size(model):
     return logits.shape[-1]
 
 
-def as_ids(ids, name):
+def as_ids(ids):
     """One row of token ids as a tensor on the CPU."""
-    try:
-        row = torch.as_tensor(ids).cpu()
-        is_integer = len(row) == 0 or not row.is_floating_point()  # as_tensor([]) holds floats
-        is_valid = row.ndim == 1 and is_integer and (row >= 0).all()
-    except (TypeError, ValueError, RuntimeError):
-        is_valid = False
-    if not is_valid:  # require() would write the message for every row, which takes .2 ms
-        raise ValueError(f"{name}: {str(ids)[:60]!r} is not a row of token ids, integers from 0 on")
+    row = torch.as_tensor(ids).cpu()
+    is_integer = row.numel() == 0 or not row.is_floating_point()  # as_tensor([]) holds floats
+    is_valid = row.ndim == 1 and is_integer and bool((row >= 0).all())
+    require(is_valid, "not a row of token ids, integers from 0 on")
     return row.long()
+
+
+def with_room(ids, max_seq_len):
+    """The ids of a prompt that leaves room for an answer."""
+    require(0 < len(ids) < max_seq_len, f"{len(ids)} tokens; a prompt needs 1 or more, and room "
+            f"for one more within {max_seq_len=}")
+    return ids
 
 
 def checked_rows(prompts, pad_id, limit):
@@ -2070,10 +2084,8 @@ def checked_rows(prompts, pad_id, limit):
         if isinstance(prompts, Tensor):
             real = (prompt != pad_id).nonzero().flatten()  # places that hold a token
             prompt = prompt[real[0] : real[-1] + 1] if len(real) else prompt[:0]
-        row = as_ids(prompt, f"sample: prompt {i}")
-        require(0 < len(row) < limit, f"sample: prompt {i} has {len(row)} tokens; it needs "
-                f"1 or more, and room for one more within max_seq_len={limit}")
-        rows.append(row)
+        with named(f"sample: prompt {i}"):
+            rows.append(with_room(as_ids(prompt), limit))
     return rows
 
 
@@ -2087,46 +2099,44 @@ def checked_data(config, name, model, text):
             f"{type(rows).__name__}; it must have a length and an index, as a list has")
     require(len(rows) > 0, f"{name} is empty")
     read = {"prompt_dataset": as_prompt, "pair_dataset": as_pair}.get(name, as_item)
-    limits = getattr(model, "max_seq_len", math.inf), vocabulary_size(model)
-    return [read(rows[i], f"{name}: item {i}", text, limits) for i in range(len(rows))]
+    found, max_seq_len, vocab = [], getattr(model, "max_seq_len", math.inf), vocabulary_size(model)
+    for i in range(len(rows)):
+        entry = rows[i]
+        try:  # what named() does; but named() would write the entry of every item, in .2 ms each
+            found.append(read(entry, text, max_seq_len, vocab))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{name}: item {i}, {str(entry)[:60]!r}: {error}") from error
+    return found
 
 
-def as_prompt(entry, where, text, limits):
+def as_prompt(entry, text, max_seq_len, vocab):
     """A prompt: a str that leaves room for an answer."""
-    require(isinstance(entry, str), f"{where} is a {type(entry).__name__}, not a str")
-    n = len(text.prompt_ids(entry))
-    require(0 < n < limits[0], f"{where} has {n} tokens; it needs 1 or more, and room for one more "
-            f"within max_seq_len={limits[0]}")
+    with_room(text.prompt_ids(entry), max_seq_len)
     return entry
 
 
-def as_item(entry, where, _, limits):
+def as_item(entry, text, max_seq_len, vocab):
     """A training item (ids, prompt_len) that has a response and fits the model."""
-    try:
-        ids, n = entry
-        n = operator.index(n)  # an integer of Python, numpy or torch
-    except (TypeError, ValueError):
-        raise ValueError(f"{where} is {str(entry)[:60]!r}, not (ids, prompt_len)") from None
-    ids, (max_seq_len, vocab) = as_ids(ids, where), limits
-    require(0 <= n < len(ids) and 2 <= len(ids) <= max_seq_len, f"{where} has {len(ids)} tokens, "
+    require(isinstance(entry, (tuple, list)) and len(entry) == 2, "not (ids, prompt_len)")
+    ids, n = as_ids(entry[0]), operator.index(entry[1])  # an integer of Python, numpy or torch
+    require(0 <= n < len(ids) and 2 <= len(ids) <= max_seq_len, f"{len(ids)} tokens, "
             f"{n} of them prompt; it needs a response, 2 tokens, {max_seq_len=}")
-    highest = int(ids.max())
-    require(highest < vocab, f"{where} has token {highest}, vocabulary {vocab}")
+    require(ids.max() < vocab, f"token {ids.max()}, vocabulary {vocab}")
     return ids, n
 
 
-def as_pair(entry, where, text, limits):
+def as_pair(entry, text, max_seq_len, vocab):
     """A PreferencePair, made of one or of texts (prompt, chosen, rejected)."""
     if isinstance(entry, PreferencePair):
-        prompt, *answers = (as_ids(ids, where) for ids in entry[:3])
+        prompt, *answers = map(as_ids, entry[:3])
         items = [(torch.cat((prompt, answer)), len(prompt)) for answer in answers]
     else:
         is_texts = isinstance(entry, (tuple, list)) and [type(x) for x in entry] == [str] * 3
-        require(is_texts, f"{where} is {str(entry)[:60]!r}, not texts (prompt, chosen, rejected)")
+        require(is_texts, "not texts (prompt, chosen, rejected)")
         items = [text.item(entry[0], answer) for answer in entry[1:]]
-    (chosen, n), (rejected, _) = (as_item(item, where, text, limits) for item in items)
-    require(n > 0, f"{where} has a prompt of 0 tokens")
-    require(not chosen.equal(rejected), f"{where} has two equal answers")
+    (chosen, n), (rejected, _) = (as_item(item, text, max_seq_len, vocab) for item in items)
+    require(n > 0, "a prompt of 0 tokens")
+    require(not chosen.equal(rejected), "two equal answers")
     return PreferencePair(chosen[:n], chosen[n:], rejected[n:], *entry[3:])
 
 
@@ -2140,10 +2150,8 @@ def checked_pick(picked, n):
 
 def as_rewards(values, n):
     """What a reward function returned (list, array, tensor; (n,) or (n, 1)) as (n,) floats."""
-    try:
+    with named(f"reward function: {type(values).__name__} instead of numbers"):
         rewards = torch.as_tensor(values).detach().to("cpu", torch.float)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"reward function: {type(values).__name__} instead of numbers") from error
     require(tuple(rewards.shape) in ((n,), (n, 1)),
             f"reward function: {n} responses but rewards of shape {tuple(rewards.shape)}")
     return rewards.reshape(n)
@@ -2170,16 +2178,15 @@ def write_file(path, data):
 
 def read_lines(path, read):
     """read(row) of each line of a JSON-lines file. ValueError names file, line and reason."""
-    found, where = [], path
-    try:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
-            where = f"{path}, line {number}"
-            if line.strip():
+    found = []
+    with named(path):
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            with named(f"{path}, line {number}"):
                 row = json.loads(line)
                 require(isinstance(row, dict), f"not an object but {line[:40]!r}")
                 found.append(read(row))
-    except (OSError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{where}: {error}") from error
     require(len(found) > 0, f"{path} is empty")
     return found
 
@@ -2207,7 +2214,7 @@ def save_pairs(path, pairs, text):
     lines = []
     for pair in pairs:
         row = {"prompt": text.decode(pair.prompt)}
-        if not lines and text.ids(row["prompt"]).tolist() != as_ids(pair.prompt, "prompt").tolist():
+        if not lines and text.ids(row["prompt"]).tolist() != pair.prompt.tolist():
             warnings.warn(f"{path}: decoded prompts lose tokens, such as turn markers")
         for name in ("chosen", "rejected"):
             ids, score = getattr(pair, name), getattr(pair, name + "_reward")
@@ -2277,7 +2284,7 @@ class SelfRewardingTrainer:
         require(eos_id is None or 0 <= eos_id < vocab, f"eos_id={eos_id} is outside the model's "
                 f"vocabulary of {vocab}; with eos_id=None answers end by length")
         for stage, config in enumerate(self.configs):
-            with stage_named(stage, config):
+            with named(f"stage {stage} ({config.kind})", ValueError):
                 require(config.batch_size >= world_size, f"batch_size={config.batch_size} leaves "
                         f"some of {world_size} processes without an example")
                 judge_model = getattr(config, "rewarding_model", None) or self.model
@@ -2323,17 +2330,15 @@ class SelfRewardingTrainer:
 
     def _evaluate(self, record):
         """Complete the record of the last stage, and report it."""
-        stage = record["stage"]
-        with stage_named(stage, self.configs[stage]), seeded(self.seed), evaluating(self.model):
+        where = f"stage {record['stage']} ({record['kind']})"
+        with named(where, ValueError), seeded(self.seed), evaluating(self.model):
             record |= on_rank_zero(lambda: plain(self.evaluate(self.model)))
         on_rank_zero(lambda: self.report(record))
 
     def _begin(self, overwrite, resume):
         """Prepare the folder; load the last finished stage. Returns the records up to it."""
-        try:
+        with named("cannot make the folder"):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"cannot make the folder {self.folder}: {error.strerror}") from error
         if overwrite or os.environ.get("SRLM_CLEAR_CHECKPOINTS") == "1":
             # Remove the checkpoints of the old run, so that no later resume can take one of them.
             kinds = "sft|spin|dpo|self-reward|external-reward"
@@ -2352,7 +2357,8 @@ class SelfRewardingTrainer:
         for key in then | now:
             require(then.get(key) == now.get(key),
                     f"{path} was made with {key} = {then.get(key)!r}, not {now.get(key)!r}")
-        load_weights(self.model, state, path)
+        with named(path):
+            self.model.load_state_dict(state["model"])
         for record in state["records"][:-1]:
             self.report(record)
         return state["records"]
@@ -2377,21 +2383,10 @@ class SelfRewardingTrainer:
         on_rank_zero(save)
 
 
-@contextlib.contextmanager
-def stage_named(stage, config):
-    """Say in an error which stage it is about."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"stage {stage} ({config.kind}): {error}") from error
-
-
 def plain(values):
     """The same without numpy or torch types, so that a checkpoint loads without running code."""
-    try:
+    with named(f"{str(values)[:60]!r} cannot be written as JSON"):
         return json.loads(json.dumps(values, default=lambda value: value.tolist()))
-    except (TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{str(values)[:60]!r} cannot be written as JSON ({error})") from error
 
 
 def comparable(value):
@@ -2426,20 +2421,12 @@ def load_checkpoint(path):
     return state
 
 
-def load_weights(model, state, path):
-    """Load the weights of a checkpoint. ValueError names the first that does not fit the model."""
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:  # its second line does
-        raise ValueError(f"{path}: {str(error).splitlines()[1].strip()}") from error
-
-
 def load_model(path):
     """The built-in Transformer with the weights of a checkpoint."""
     state = load_checkpoint(path)
     require(state["model_config"] is not None, f"{path} holds weights of another kind of model")
     model = Transformer(ModelConfig(**state["model_config"]))
-    load_weights(model, state, path)
+    model.load_state_dict(state["model"])
     return model.eval()
 
 
@@ -2702,10 +2689,8 @@ def train(options, world=None):
     """The training run: the recipe in a world, LetterWorld unless you bring another. Prints the
     table as it grows; returns the lines of metrics.jsonl."""
     join_processes()  # before the first use of a device, since each process has its own
-    try:
+    with named(f"--device {options.device}"):
         torch.empty(0, device=options.device)
-    except Exception as error:  # torch raises half a dozen kinds
-        raise ValueError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
     if world is None and options.sft:
         world = OwnData(options)
     elif world is None:
