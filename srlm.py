@@ -2275,7 +2275,6 @@ class SelfRewardingTrainer:
         self.model = model if device is None else model.to(device)
         self.folder, self.seed, self.settings = Path(checkpoints_folder), seed, settings or {}
         self.evaluate, self.report = evaluate, report
-        self.model_config = vars(model.config) if isinstance(model, Transformer) else None
 
     def _check(self):
         """Check whatever can be checked before any work."""
@@ -2315,14 +2314,14 @@ class SelfRewardingTrainer:
             """Save the weights in the middle of a stage, if it says so."""
             every, path = self.configs[len(records)].checkpoint_every, self.path(len(records))
             if every is not None and step % every == 0:
-                self._save(path.with_suffix(f".step{step}.pt"), records)
+                on_rank_zero(lambda: self._save(path.with_suffix(f".step{step}.pt"), records))
 
         context = Context(self.text, self.judges, self.seed, after_update)
         began = time.perf_counter()
         for record in run_stages(self.model, self.configs, context, first=len(records)):
             records.append({**record, "seconds": round(time.perf_counter() - began, 2)})
             # Save before evaluating: an error in `evaluate` must not lose the finished stage.
-            self._save(self.path(record["stage"]), records)
+            on_rank_zero(lambda: self._save(self.path(record["stage"]), records))
             self._evaluate(records[-1])
             began = time.perf_counter()
         self.model.eval()
@@ -2352,8 +2351,7 @@ class SelfRewardingTrainer:
         path = self.path(finished[-1])
         require(resume, f"{path} exists; resume goes on after it, overwrite replaces it")
         state = load_checkpoint(path)
-        then = state["settings"] | {"model_config": state["model_config"]}
-        now = self._settings(finished[-1]) | {"model_config": self.model_config}
+        then, now = state["settings"], self._settings(finished[-1])
         for key in then | now:
             require(then.get(key) == now.get(key),
                     f"{path} was made with {key} = {then.get(key)!r}, not {now.get(key)!r}")
@@ -2365,7 +2363,8 @@ class SelfRewardingTrainer:
 
     def _settings(self, stage):
         """What another run must share to go on after this stage; of data sets a checksum."""
-        found = {"seed": self.seed, **self.settings, **vars(self.text)}
+        model_config = vars(self.model.config) if isinstance(self.model, Transformer) else None
+        found = {"seed": self.seed, **self.settings, **vars(self.text), "model": model_config}
         found |= {f"judge {name}": judge for name, judge in self.judges.items()}
         for i, config in enumerate(self.configs[: stage + 1]):
             checksums = {name: checksum(data) for name, data in datasets_of(config).items()}
@@ -2375,12 +2374,10 @@ class SelfRewardingTrainer:
 
     def _save(self, path, records):
         """Write a checkpoint of the model as it is now, after the stage of the last record."""
-        def save():
-            settings, buffer = self._settings(len(records) - 1), io.BytesIO()
-            torch.save({"format": "srlm 2", "model": self.model.state_dict(), "records": records,
-                        "model_config": self.model_config, "settings": settings}, buffer)
-            write_file(path, buffer.getvalue())
-        on_rank_zero(save)
+        settings, buffer = self._settings(len(records) - 1), io.BytesIO()
+        torch.save({"format": "srlm 3", "model": self.model.state_dict(), "records": records,
+                    "settings": settings}, buffer)
+        write_file(path, buffer.getvalue())
 
 
 def plain(values):
@@ -2403,9 +2400,9 @@ def checksum(dataset):
 
 
 def load_checkpoint(path):
-    """What a checkpoint holds: model (the weights), model_config, records (the last one without
-    what `evaluate` finds), settings. Nothing in the file is executed. ValueError, with the path,
-    for anything but a whole checkpoint of srlm."""
+    """What a checkpoint holds: model (the weights), records (the last one without what `evaluate`
+    finds), settings. Nothing in the file is executed. ValueError, with the path, for anything but
+    a whole checkpoint of srlm."""
     require(Path(path).exists(), f"{path} does not exist")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -2415,8 +2412,7 @@ def load_checkpoint(path):
         advice = "in a run, delete it and those of later stages, and resume runs them again"
         raise ValueError(f"{path} is damaged, or not a checkpoint ({type(error).__name__}); "
                          f"{advice}") from error
-    parts = {"format", "model", "model_config", "records", "settings"}
-    require(isinstance(state, dict) and state.get("format") == "srlm 2" and parts <= state.keys(),
+    require(isinstance(state, dict) and state.get("format") == "srlm 3",
             f"{path} is not a checkpoint of this version of srlm")
     return state
 
@@ -2424,8 +2420,9 @@ def load_checkpoint(path):
 def load_model(path):
     """The built-in Transformer with the weights of a checkpoint."""
     state = load_checkpoint(path)
-    require(state["model_config"] is not None, f"{path} holds weights of another kind of model")
-    model = Transformer(ModelConfig(**state["model_config"]))
+    config = state["settings"]["model"]
+    require(config is not None, f"{path} holds weights of another kind of model")
+    model = Transformer(ModelConfig(**config))
     model.load_state_dict(state["model"])
     return model.eval()
 

@@ -2457,7 +2457,7 @@ class Bomb:
 def test_a_damaged_checkpoint_is_named_and_left_alone(tmp_path, monkeypatch):
     """A damaged file is to be deleted, a foreign one is named, and no code in a file runs."""
     monkeypatch.chdir(tmp_path)
-    torch.save({"format": "srlm 2", "model": Bomb()}, "bomb.pt")
+    torch.save({"format": "srlm 3", "model": Bomb()}, "bomb.pt")
     torch.save({"weights": torch.zeros(1)}, "other.pt")
     path, run_again = Path("0.sft.pt"), trainer(".", [stage("sft")])
     run_again()
