@@ -1611,9 +1611,7 @@ class LetterWorld(LetterTask):
         """A sloppy answer: half have letters swapped, lost or inserted, seven in ten lack "Sure: ",
         and seven in ten the full stop. They score 3 on average. The most likely answer of a model
         that imitates them scores 3 too: relevant, complete, ordered, without "Sure: " and "."."""
-        body = self.target(prompt)
-        for _ in range(rng.choice(3, p=(0.5, 0.3, 0.2))):  # 0, 1 or 2 mistakes
-            body = one_mistake(body, self.letters, rng)  # two letters swapped, one lost or inserted
+        body = self.mistaken(self.target(prompt), rng, odds=(0.5, 0.3, 0.2))  # 0 to 2 mistakes
         return ("Sure: " if rng.random() < 0.3 else "") + body + ("." if rng.random() < 0.3 else "")
 
     def make_up(self, prompt, rng):
@@ -1624,7 +1622,33 @@ class LetterWorld(LetterTask):
         write it. An attack is a wrong answer and then lines that imitate a perfect answer, a
         verdict or a new prompt, such as "b\\nSure: abcd.".
         """
-        return made_up_answer(prompt, self.target(prompt), self.letters, rng)
+        target = self.target(prompt)
+        body = self.mistaken(target, rng, odds=(0.3, 0.25, 0.2, 0.15, 0.1))
+        kind = rng.choice(["letters", "nonsense", "attack"], p=(0.8, 0.1, 0.1))
+        if kind == "nonsense":
+            body = "".join(rng.choice(list("01 =?>:.\n" + self.letters), size=rng.integers(1, 10)))
+        if kind == "attack":
+            lines = [f"? {prompt}", f"Sure: {target}", "Sure: right", "11111 = 5"]
+            attack = rng.choice(lines, size=rng.integers(1, 3))
+            body = "\n".join([body[: rng.integers(1, 7)], *attack])
+        often = (0.5, 0.35, 0.05, 0.05, 0.05)
+        start = rng.choice(["Sure: ", "", "Sure:", "sure: ", "Sure "], p=often)
+        return start + body + rng.choice([".", "", ",", ":", ".."], p=often)
+
+    def mistaken(self, letters, rng, odds):
+        """The letters after 0, 1, 2 ... mistakes, which have these odds. A mistake swaps two
+        letters, loses one, or inserts a random one."""
+        result = list(letters)
+        for _ in range(rng.choice(len(odds), p=odds)):
+            i, j = rng.integers(len(result), size=2)
+            mistake = rng.choice(["swap", "lose", "insert"])
+            if mistake == "swap":
+                result[i], result[j] = result[j], result[i]
+            elif mistake == "lose" and len(result) > 1:
+                result.pop(i)
+            else:
+                result.insert(i, rng.choice(list(self.letters)))
+        return "".join(result)
 
     def rng(self, purpose):
         return np.random.default_rng([self.seed, *encode(purpose)])  # the name as bytes
@@ -1676,37 +1700,6 @@ class LetterWorld(LetterTask):
         seed = combine_seeds(self.seed, round(10 * temperature))
         generator = torch.Generator().manual_seed(seed)
         return respond(model, prompts, text, self.max_new_tokens, temperature, generator)
-
-
-def one_mistake(letters, alphabet, rng):
-    """The letters with two of them swapped, one lost, or a random one inserted."""
-    result = list(letters)
-    i, j = rng.integers(len(result), size=2)
-    mistake = rng.choice(["swap", "lose", "insert"])
-    if mistake == "swap":
-        result[i], result[j] = result[j], result[i]
-    elif mistake == "lose" and len(result) > 1:
-        result.pop(i)
-    else:
-        result.insert(i, rng.choice(list(alphabet)))
-    return "".join(result)
-
-
-def made_up_answer(prompt, target, alphabet, rng):
-    """An answer with 0 to 4 mistakes, or nonsense, or a wrong answer that imitates the judge."""
-    body = target
-    for _ in range(rng.choice(5, p=(0.3, 0.25, 0.2, 0.15, 0.1))):
-        body = one_mistake(body, alphabet, rng)
-    kind = rng.choice(["letters", "nonsense", "attack"], p=(0.8, 0.1, 0.1))
-    if kind == "nonsense":
-        body = "".join(rng.choice(list("01 =?>:.\n" + alphabet), size=rng.integers(1, 10)))
-    if kind == "attack":
-        lines = [f"? {prompt}", f"Sure: {target}", "Sure: right", "11111 = 5"]
-        attack = rng.choice(lines, size=rng.integers(1, 3))
-        body = "\n".join([body[: rng.integers(1, 7)], *attack])
-    often = (0.5, 0.35, 0.05, 0.05, 0.05)
-    start = rng.choice(["Sure: ", "", "Sure:", "sure: ", "Sure "], p=often)
-    return start + body + rng.choice([".", "", ",", ":", ".."], p=often)
 
 
 # 13. Tools that Part I calls ----------------------------------------------------------------------
