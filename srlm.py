@@ -1874,7 +1874,7 @@ class JudgeReward:
         is_first = len(self.replies) == 0
         scores = self.judge(prompts, responses)
         require(not (is_first and scores.isnan().all()), "no preference pair: the judge gave no "
-                f"score to any of the first {len(responses)} answers{quoted_replies(self)}")
+                f"score to any of the first {len(responses)} answers, but {list(self.replies)}")
         return scores
 
 
@@ -1891,8 +1891,9 @@ def counted_pairs(outcomes, n_pairs, source, reward_fn):
             break
     pairs = pairs[:n_pairs]
     counts["pairs"] = len(pairs)
-    require(len(pairs) > 0,
-            f"no preference pair: {counts} from {source}{quoted_replies(reward_fn)}")
+    replies = list(getattr(reward_fn, "replies", []))
+    require(len(pairs) > 0, f"no preference pair: {counts} from {source}; the last replies, "
+            f"if a judge was asked: {replies}")
     if n_pairs is not None and len(pairs) < n_pairs:
         warnings.warn(f"{n_pairs} preference pairs were asked for, but {counts} from {source}",
                       stacklevel=3)
@@ -1901,18 +1902,11 @@ def counted_pairs(outcomes, n_pairs, source, reward_fn):
 
 def find_judge(reward_config, judges):
     """The judge of a stage: a RewardConfig, a name in judges, or None for the first of them."""
-    reward_config = reward_config or next(iter(judges))
-    if isinstance(reward_config, str):
-        require(reward_config in judges,
-                f"reward_config {reward_config!r} is not one of {', '.join(judges)}")
-        return judges[reward_config]
-    return reward_config
-
-
-def quoted_replies(reward_fn):
-    """The end of an error message: what the judge replied, if the reward is a judge's."""
-    replies = list(getattr(reward_fn, "replies", []))
-    return f"; the judge's last replies were {replies}" if replies else ""
+    if isinstance(reward_config, RewardConfig):
+        return reward_config
+    name = reward_config or next(iter(judges))
+    require(name in judges, f"reward_config {name!r} is not one of {', '.join(judges)}")
+    return judges[name]
 
 
 # 14. Several processes ----------------------------------------------------------------------------
