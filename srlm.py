@@ -2150,17 +2150,16 @@ def as_rewards(values, n):
 def write_file(path, data):
     """Write a file whole or not at all: under another name first, then rename it."""
     temporary = path.with_name(path.name + ".tmp")
-    try:
+    with named(f"cannot write {path}, older files are whole", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise ValueError(f"cannot write {path}: {error.strerror}; older files are whole") from error
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)  # it is there only if something went wrong
 
 
 def read_lines(path, read):

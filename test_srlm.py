@@ -2406,7 +2406,7 @@ undisturbed = functools.cache(lambda: run(EVERY_KIND, evaluate=draw))
     ("evaluate", lambda model: None, None), ("evaluate", lambda model: 7, None),
     ("evaluate", lambda model: {"x": {1}}, r"stage \d \(.*\).*\{1\}.*JSON"),
     ("evaluate", lambda model: {(1, 2): 3}, r"stage \d \(.*\).*JSON"),
-    ("fsync", failing(OSError(errno.ENOSPC, "No space left")), r"cannot write .*\.pt: No space")])
+    ("fsync", failing(OSError(errno.ENOSPC, "No space left")), r"cannot write .*\.pt.*: .*No space")])
 def test_a_run_that_broke_off_resumes_to_the_same_bits(where, what, words, at, tmp_path):
     """A resume goes on after the last finished stage, and ends as if nothing had happened."""
     records, expected, saved = undisturbed()
