@@ -2250,8 +2250,7 @@ class SelfRewardingTrainer:
         join_processes()
         stages, judges = finetune_configs, self_reward_prompt_config
         self.configs = paper_stages(**stages) if isinstance(stages, dict) else list(stages)
-        is_stage = lambda config: isinstance(config, StageConfig) and hasattr(config, "run")
-        require(len(self.configs) > 0 and all(map(is_stage, self.configs)),
+        require(self.configs and all(hasattr(config, "run") for config in self.configs),
                 f"finetune_configs: one or more stage configs are needed, not {self.configs!r}")
         self.judges = judges if isinstance(judges, dict) else {"default": judges}
         require(len(self.judges) > 0, "self_reward_prompt_config: no judge")
@@ -2317,7 +2316,10 @@ class SelfRewardingTrainer:
         """Complete the record of the last stage, and report it."""
         where = f"stage {record['stage']} ({record['kind']})"
         with named(where, ValueError), seeded(self.seed), evaluating(self.model):
-            record |= on_rank_zero(lambda: plain(self.evaluate(self.model)))
+            found = on_rank_zero(lambda: self.evaluate(self.model))
+            with named(f"{str(found)[:60]!r} cannot be added to the record, as JSON"):
+                # Without numpy and torch types a checkpoint loads without running code.
+                record |= json.loads(json.dumps(found, default=lambda value: value.tolist()))
         on_rank_zero(lambda: self.report(record))
 
     def _begin(self, overwrite, resume):
@@ -2364,12 +2366,6 @@ class SelfRewardingTrainer:
         torch.save({"format": "srlm 3", "model": self.model.state_dict(), "records": records,
                     "settings": settings}, buffer)
         write_file(path, buffer.getvalue())
-
-
-def plain(values):
-    """The same without numpy or torch types, so that a checkpoint loads without running code."""
-    with named(f"{str(values)[:60]!r} cannot be written as JSON"):
-        return json.loads(json.dumps(values, default=lambda value: value.tolist()))
 
 
 def comparable(value):
