@@ -2711,22 +2711,21 @@ def ask(argv):
     parser.add_argument("prompt")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely answer")
     args = parser.parse_args(argv)
-    model, world = load_model(args.checkpoint), LetterWorld(list(INSTRUCTIONS))
+    model, task = load_model(args.checkpoint), LetterTask()
     settings = load_checkpoint(args.checkpoint)["settings"]
     is_user_data = settings.get("contents of --sft") is not None
     learned = "data of your own" if is_user_data else settings.get("instructions", "unknown")
-    text = TextFormat(chat_template=world.CHAT_TEMPLATE)
+    text = TextFormat(chat_template=task.CHAT_TEMPLATE)
     answer = respond(model, [args.prompt], text, 128, temperature=args.temperature)[0]
     say(f"answer      {answer}")
-    own_score = "none"
+    score = math.nan
     with contextlib.suppress(ValueError):  # of a judge prompt that leaves no room to reply
-        found = judge(model, world.JUDGE, [args.prompt], [answer]).item()
-        own_score = "none" if math.isnan(found) else f"{found:.1f} of 5"
-    say(f"own score   {own_score}")
-    with contextlib.suppress(ValueError):  # of a prompt that LetterWorld does not have
-        points = world.points(args.prompt, answer)
-        named = ", ".join(f"{name} {point}" for name, point in zip(world.POINTS, points))
-        say(f"true score  {sum(points)} of 5: {named}", f"it learned  {learned}")
+        score = judge(model, task.JUDGE, [args.prompt], [answer]).item()
+    say("own score   none" if math.isnan(score) else f"own score   {score:.1f} of 5")
+    with contextlib.suppress(ValueError):  # of a prompt that LetterTask does not have
+        points = task.points(args.prompt, answer)
+        each = ", ".join(f"{name} {point}" for name, point in zip(task.POINTS, points))
+        say(f"true score  {sum(points)} of 5: {each}", f"it learned  {learned}")
 
 
 def main(argv=None):
