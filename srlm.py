@@ -1573,6 +1573,7 @@ import contextlib
 import dataclasses
 import datetime
 import io
+import itertools
 import json
 import sys
 import time
@@ -1880,17 +1881,14 @@ class JudgeReward:
 
 def counted_pairs(outcomes, n_pairs, source, reward_fn):
     """The pairs among the lists of (outcome, pair), n_pairs at most, and the number of each
-    outcome. ValueError if there is no pair at all."""
+    outcome until then. ValueError if there is no pair at all."""
     pairs, counts = [], dict(pairs=0, unparsed=0, tied=0, invalid=0)
-    for found in outcomes:
-        for outcome, pair in found:
-            counts[outcome] += 1
-            if pair is not None:
-                pairs.append(pair)
-        if n_pairs is not None and len(pairs) >= n_pairs:
+    for outcome, pair in itertools.chain.from_iterable(outcomes):
+        counts[outcome] += 1
+        if pair is not None:
+            pairs.append(pair)
+        if len(pairs) == n_pairs:
             break
-    pairs = pairs[:n_pairs]
-    counts["pairs"] = len(pairs)
     replies = list(getattr(reward_fn, "replies", []))
     require(len(pairs) > 0, f"no preference pair: {counts} from {source}; the last replies, "
             f"if a judge was asked: {replies}")

@@ -3695,14 +3695,14 @@ FAULTS = r"""
 -    chunks = [prompts[:4], *(prompts[at : at + 64] for at in range(4, len(prompts), 64))]
 +    chunks = [prompts[:4], *(prompts[at : at + 64] for at in range(4, len(prompts), 64))] * 100
 @@13 a tie drops the prompts that follow it: test_a_tie_skips_one_prompt_and_no_other
--            if pair is not None:
--                pairs.append(pair)
-+            if pair is None:
-+                break
-+            pairs.append(pair)
+-        if pair is not None:
+-            pairs.append(pair)
++        if pair is None:
++            break
++        pairs.append(pair)
 @@14 there are more pairs than asked for: test_generation_stops_at_n_pairs_or_warns
--    pairs = pairs[:n_pairs]
-+    pairs = list(pairs)
+-        if len(pairs) == n_pairs:
++        if len(pairs) > (n_pairs or 999):
 @@15 an answer is preferred to itself: test_equal_tokens_are_no_pair
 -    if chosen.equal(rejected) or not is_valid(pair.chosen_reward, pair.rejected_reward):
 +    if not is_valid(pair.chosen_reward, pair.rejected_reward):
