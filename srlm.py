@@ -2353,8 +2353,10 @@ class SelfRewardingTrainer:
         found = {"seed": self.seed, **self.settings, **vars(self.text), "model": model_config}
         found |= {f"judge {name}": judge for name, judge in self.judges.items()}
         for i, config in enumerate(self.configs[: stage + 1]):
-            checksums = {name: checksum(data) for name, data in datasets_of(config).items()}
-            fields = {"kind": config.kind, **vars(config), **checksums}
+            fields = {"kind": config.kind, **vars(config)}
+            for name, data in datasets_of(config).items():
+                entries = json.dumps([data[j] for j in range(len(data))], default=comparable)
+                fields[name] = zlib.crc32(entries.encode())
             found |= {f"stage {i}, {name}": value for name, value in fields.items()}
         return json.loads(json.dumps(found, default=comparable))
 
@@ -2371,12 +2373,6 @@ def comparable(value):
     if isinstance(value, RewardConfig):
         return vars(value) | {"prompt_template": textwrap.dedent(value.prompt_template)}
     return value.tolist() if hasattr(value, "tolist") else None
-
-
-def checksum(dataset):
-    """A number that changes with the entries and their order."""
-    entries = (json.dumps(dataset[i], default=comparable) for i in range(len(dataset)))
-    return zlib.crc32("".join(entries).encode())
 
 
 def load_checkpoint(path):
