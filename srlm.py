@@ -1580,7 +1580,6 @@ import time
 import warnings
 import zipfile
 import zlib
-from collections import deque
 from pathlib import Path
 
 import torch.distributed as dist
@@ -1861,11 +1860,11 @@ class JudgeReward:
     stage whose judge gives no score to any answer of its first call."""
 
     def __init__(self, model, reward_config, *, decode, **how):
-        self.replies = deque(maxlen=3)
+        self.replies = []  # the last three
 
         def decode_and_keep(ids):
             """Decode a reply; judge() decodes nothing else."""
-            self.replies.append(decode(ids))
+            self.replies = self.replies[-2:] + [decode(ids)]
             return self.replies[-1]
 
         self.judge = functools.partial(judge, model, reward_config, decode=decode_and_keep, **how)
@@ -1875,7 +1874,7 @@ class JudgeReward:
         is_first = len(self.replies) == 0
         scores = self.judge(prompts, responses)
         require(not (is_first and scores.isnan().all()), "no preference pair: the judge gave no "
-                f"score to any of the first {len(responses)} answers, but {list(self.replies)}")
+                f"score to any of the first {len(responses)} answers, but {self.replies}")
         return scores
 
 
@@ -1889,9 +1888,8 @@ def counted_pairs(outcomes, n_pairs, source, reward_fn):
             pairs.append(pair)
         if len(pairs) == n_pairs:
             break
-    replies = list(getattr(reward_fn, "replies", []))
     require(len(pairs) > 0, f"no preference pair: {counts} from {source}; the last replies, "
-            f"if a judge was asked: {replies}")
+            f"if a judge was asked: {getattr(reward_fn, 'replies', [])}")
     if n_pairs is not None and len(pairs) < n_pairs:
         warnings.warn(f"{n_pairs} preference pairs were asked for, but {counts} from {source}",
                       stacklevel=3)
