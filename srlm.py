@@ -1608,9 +1608,8 @@ class LetterWorld(LetterTask):
         self.eval_prompts = self.prompts(n_eval, "evaluation")  # prompts() never draws these again
 
     def demonstrate(self, prompt, rng):
-        """A sloppy answer: half have letters swapped, lost or inserted, seven in ten lack "Sure: ",
-        and seven in ten the full stop. They score 3 on average. The most likely answer of a model
-        that imitates them scores 3 too: relevant, complete, ordered, without "Sure: " and "."."""
+        """A sloppy answer; see section 1. The most likely answer of a model that imitates them
+        scores 3: relevant, complete, ordered, without "Sure: " and "."."""
         body = self.mistaken(self.target(prompt), rng, odds=(0.5, 0.3, 0.2))  # 0 to 2 mistakes
         return ("Sure: " if rng.random() < 0.3 else "") + body + ("." if rng.random() < 0.3 else "")
 
@@ -1674,10 +1673,9 @@ class LetterWorld(LetterTask):
     def judgements(self, n, model, tidy):
         """(prompt, answer, verdict) triples, to learn to judge; EFT data in [1].
 
-        `model`, which is M0 in the recipe, writes three in ten of the answers, at four
-        temperatures, because the annotators of [1] graded answers of a model too. The others are
-        made up, because M0 writes too few good ones. With tidy=True all answers are sloppy ones as
-        in the demonstrations: an experiment in which the judge sees no nonsense.
+        `model`, M0 in the recipe, writes three in ten of the answers, at four temperatures. The
+        others are made up, because M0 writes too few good ones. With tidy=True all are as sloppy
+        as the demonstrations: an experiment in which the judge sees no nonsense.
         """
         prompts, rng, pairs = self.prompts(n, "judgements"), self.rng("make up"), []
         n_written = 0 if tidy else round(0.3 * n)
@@ -1764,8 +1762,8 @@ def combine_seeds(*numbers):
 
 @contextlib.contextmanager
 def seeded(*numbers):
-    """Seed torch's global generator within the block, then restore it. A user's own reward function
-    or picker that draws is covered too."""
+    """Seed torch's global generator within the block, then restore it. Your own reward functions
+    and pickers may draw from it too."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(combine_seeds(*numbers))
         yield
@@ -1891,8 +1889,7 @@ def counted_pairs(outcomes, n_pairs, source, reward_fn):
     require(len(pairs) > 0, f"no preference pair: {counts} from {source}; the last replies, "
             f"if a judge was asked: {getattr(reward_fn, 'replies', [])}")
     if n_pairs is not None and len(pairs) < n_pairs:
-        warnings.warn(f"{n_pairs} preference pairs were asked for, but {counts} from {source}",
-                      stacklevel=3)
+        warnings.warn(f"{n_pairs} preference pairs were asked for, but {counts} from {source}")
     return pairs, counts
 
 
@@ -2233,8 +2230,8 @@ class SelfRewardingTrainer:
 
     finetune_configs: the stages, or a dict of arguments for paper_stages.
     self_reward_prompt_config: the judge, or a dict of judges by name, of which a stage picks one.
-    evaluate: model -> dict, added to the record of each stage. A resume calls it once more for the
-    stage after which it goes on, because a stage is saved before it is evaluated.
+    evaluate: model -> dict, added to the record of each stage, after the stage has been saved. So a
+    resume calls it for the last finished stage.
     report: called with the record of each finished stage, those that a resume skips included.
     settings: plain values that every checkpoint keeps; a resume with others is refused.
     """
@@ -2673,9 +2670,8 @@ def train(options, world=None):
 
     @functools.cache
     def made_with_m0():
-        """The judging data, and what judges are measured by. M0 writes answers for both. It is
-        read from its checkpoint, so that a resumed run has the same data. The seed makes the draws
-        the same whoever asks first, a stage or an evaluation."""
+        """The judging data, and what judges are measured by. M0, read from its checkpoint, writes
+        answers for both: the same whenever they are asked for, in a resumed run as well."""
         with seeded(options.seed):
             m0 = load_model(folder / "0.sft.pt").to(options.device)
             return world.judgements(options.judgements, m0, options.tidy), world.graded_answers(m0)
