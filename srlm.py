@@ -1695,9 +1695,8 @@ class LetterWorld(LetterTask):
 
     def write(self, model, prompts, temperature):
         text = TextFormat(chat_template=self.CHAT_TEMPLATE)
-        seed = combine_seeds(self.seed, round(10 * temperature))
-        generator = torch.Generator().manual_seed(seed)
-        return respond(model, prompts, text, self.max_new_tokens, temperature, generator)
+        with seeded(self.seed, round(10 * temperature)):
+            return respond(model, prompts, text, self.max_new_tokens, temperature)
 
 
 # 13. Tools that Part I calls ----------------------------------------------------------------------
