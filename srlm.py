@@ -2049,13 +2049,6 @@ def as_ids(ids):
     return row.long()
 
 
-def with_room(ids, max_seq_len):
-    """The ids of a prompt that leaves room for an answer."""
-    require(0 < len(ids) < max_seq_len, f"{len(ids)} tokens; a prompt needs 1 or more, and room "
-            f"for one more within {max_seq_len=}")
-    return ids
-
-
 def checked_rows(prompts, pad_id, limit):
     """What sample() is given, as a list of 1-D rows; the padding of a (B, T) tensor is cut off."""
     rows = []
@@ -2064,7 +2057,10 @@ def checked_rows(prompts, pad_id, limit):
             real = (prompt != pad_id).nonzero().flatten()  # places that hold a token
             prompt = prompt[real[0] : real[-1] + 1] if len(real) else prompt[:0]
         with named(f"sample: prompt {i}"):
-            rows.append(with_room(as_ids(prompt), limit))
+            row = as_ids(prompt)
+            require(0 < len(row) < limit, f"{len(row)} tokens; it needs 1 or more, and room for "
+                    f"one more within max_seq_len={limit}")
+        rows.append(row)
     return rows
 
 
@@ -2089,8 +2085,9 @@ def checked_data(config, name, model, text):
 
 
 def as_prompt(entry, text, max_seq_len, vocab):
-    """A prompt: a str that leaves room for an answer."""
-    with_room(text.prompt_ids(entry), max_seq_len)
+    """A prompt: a str that, with an answer of one token, is a training item."""
+    ids = text.prompt_ids(entry)
+    as_item((F.pad(ids, (0, 1)), len(ids)), text, max_seq_len, vocab)
     return entry
 
 

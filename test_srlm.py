@@ -3689,8 +3689,8 @@ FAULTS = r"""
 -    scores = [reward_config.parse(text.text(reply)) for reply in replies]
 +    scores = [reward_config.parse(text.text(torch.cat(both))) for both in zip(rows, replies)]
 @@11 a judge may be left without room for a reply: test_a_judge_without_room_is_an_error
--    require(0 < len(ids) < max_seq_len, f"{len(ids)} tokens; a prompt needs 1 or more, and room "
-+    require(0 < len(ids), f"{len(ids)} tokens; a prompt needs 1 or more, and room "
+-            require(0 < len(row) < limit, f"{len(row)} tokens; it needs 1 or more, and room for "
++            require(0 < len(row), f"{len(row)} tokens; it needs 1 or more, and room for "
 @@12 a judge that always ties is asked again and again: test_no_pair_at_all_is_an_error_in_bounded_time
 -    chunks = [prompts[:4], *(prompts[at : at + 64] for at in range(4, len(prompts), 64))]
 +    chunks = [prompts[:4], *(prompts[at : at + 64] for at in range(4, len(prompts), 64))] * 100
