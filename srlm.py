@@ -1859,15 +1859,13 @@ class JudgeReward:
     def __init__(self, model, reward_config, *, decode, **how):
         self.replies = []  # the last three
 
-        def decode_and_keep(ids):
-            """Decode a reply; judge() decodes nothing else."""
+        def decode_and_keep(ids):  # judge() decodes replies and nothing else
             self.replies = self.replies[-2:] + [decode(ids)]
             return self.replies[-1]
 
         self.judge = functools.partial(judge, model, reward_config, decode=decode_and_keep, **how)
 
     def __call__(self, prompts, responses):
-        """The scores of the responses, (B,). ValueError if the first call finds none."""
         is_first = len(self.replies) == 0
         scores = self.judge(prompts, responses)
         require(not (is_first and scores.isnan().all()), "no preference pair: the judge gave no "
@@ -2181,11 +2179,8 @@ def read_jsonl(path, fields):
 
 
 def save_pairs(path, pairs, text):
-    """Write pairs as JSON lines that a person, TRL, LLaMA-Factory and axolotl can read.
-
-    prompt is the model input, with the chat template; chosen and rejected have no EOS, and
-    chosen_ended and rejected_ended say whether there was one.
-    """
+    """Write pairs as JSON lines that a person, TRL, LLaMA-Factory and axolotl can read. prompt is
+    the model input, with the chat template; chosen_ended says whether chosen ended with EOS."""
     lines = []
     for pair in pairs:
         row = {"prompt": text.decode(pair.prompt)}
