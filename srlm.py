@@ -2480,10 +2480,9 @@ class Options(Recipe):
         names = ("dim", "depth", "max_seq_len", "demonstrations", "judgements", "eval_prompts",
                  "tidy", "instructions", "skip_long")
         found = {name: getattr(self, name) for name in names}
-        for flag in ("sft", "judged", "prompts"):
-            path = getattr(self, flag)
-            found[f"contents of --{flag}"] = zlib.crc32(Path(path).read_bytes()) if path else None
-        return found
+        files = {"--sft": self.sft, "--judged": self.judged, "--prompts": self.prompts}
+        return found | {f"contents of {flag}": zlib.crc32(Path(path).read_bytes())
+                        for flag, path in files.items() if path}
 
 
 class ByteJudge(RewardConfig):
@@ -2692,7 +2691,7 @@ def ask(argv):
     args = parser.parse_args(argv)
     model, task = load_model(args.checkpoint), LetterTask()
     settings = load_checkpoint(args.checkpoint)["settings"]
-    is_user_data = settings.get("contents of --sft") is not None
+    is_user_data = "contents of --sft" in settings
     learned = "data of your own" if is_user_data else settings.get("instructions", "unknown")
     text = TextFormat(chat_template=task.CHAT_TEMPLATE)
     answer = respond(model, [args.prompt], text, 128, temperature=args.temperature)[0]
