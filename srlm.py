@@ -1608,8 +1608,9 @@ class LetterWorld(LetterTask):
         self.eval_prompts = self.prompts(n_eval, "evaluation")  # prompts() never draws these again
 
     def demonstrate(self, prompt, rng):
-        """A sloppy answer; see section 1. The most likely answer of a model that imitates them
-        scores 3: relevant, complete, ordered, without "Sure: " and "."."""
+        """A sloppy answer: half have letters swapped, lost or inserted, seven in ten lack "Sure: ",
+        and seven in ten the full stop. They score 3 on average. The most likely answer of a model
+        that imitates them scores 3 too: relevant, complete, ordered, without "Sure: " and "."."""
         body = self.mistaken(self.target(prompt), rng, odds=(0.5, 0.3, 0.2))  # 0 to 2 mistakes
         return ("Sure: " if rng.random() < 0.3 else "") + body + ("." if rng.random() < 0.3 else "")
 
