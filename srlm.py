@@ -35,7 +35,7 @@ larger beta keeps the policy closer to the reference. The last two terms of the 
 from drifting and from forgetting how to judge (sections 8 and 11).
 To run it:
 
-    python srlm.py              # M0 to M3 on a CPU in two to three minutes, and a table
+    python srlm.py              # M0 to M3 on a CPU in about two minutes, and a table
     python srlm.py --quick      # the same with smaller numbers
     python srlm.py ask checkpoints/3.self-reward.pt "sort dbca"
 
