@@ -2235,7 +2235,8 @@ class SelfRewardingTrainer:
         join_processes()
         stages, judges = finetune_configs, self_reward_prompt_config
         self.configs = paper_stages(**stages) if isinstance(stages, dict) else list(stages)
-        require(self.configs and all(hasattr(config, "run") for config in self.configs),
+        is_stage = lambda config: isinstance(config, StageConfig) and hasattr(config, "run")
+        require(self.configs and all(map(is_stage, self.configs)),
                 f"finetune_configs: one or more stage configs are needed, not {self.configs!r}")
         self.judges = judges if isinstance(judges, dict) else {"default": judges}
         require(len(self.judges) > 0, "self_reward_prompt_config: no judge")

@@ -2121,7 +2121,7 @@ def test_the_stages_of_the_paper(tmp_path):
     assert len(srlm.paper_stages(**recipe, rounds=3)) == 4
     assert [(record["kind"], record["steps"]) for record in trainer(tmp_path, recipe)()] == [
         ("sft", 2), ("self-reward", 1), ("self-reward", 1)]
-    for stages in ([], [srlm.StageConfig()]):  # a StageConfig alone says nothing of what to do
+    for stages in ([], [srlm.StageConfig()], [srlm.SFTConfig]):  # no stage, or a class of them
         with pytest.raises(ValueError, match="one or more stage configs"):
             trainer(tmp_path, stages)
 
