@@ -12,14 +12,16 @@ the right order more often than in the wrong one.
     M2   M1 after DPO (section 5: a loss on pairs of answers) on pairs that M1 wrote and graded
     M3   M2 after DPO on pairs that M2 wrote and graded
 
-The loop in pseudocode, simplified, with the function names and sections of this file:
+The loop in pseudocode, simplified, with the function names and sections of this file. The policy
+is the model in training; the reference is the model as it was when the round began; a larger beta
+keeps the policy closer to it:
 
     fit(model, sft_objective(demonstrations, loss on prompts too))       # M0          sections 3, 8
     fit(model, sft_objective(demonstrations + judging data))             # M1
     for each round:                                                      # M2, M3      section 9
         for each prompt:                                                 #             section 7
             answers = sample(model, the prompt, n_candidates times)      # write       section 4
-            rewards = judge(model, its judge prompt, the prompt, answers)    # judge   section 6
+            rewards = judge(model, a judge prompt, the prompt, answers)      # judge   section 6
             chosen, rejected = answers at pick_best_worst(rewards)       # pair
         for each pair, under the model as it is now:                     # freeze the reference
             ref_chosen   = sequence_logprobs(model, prompt + chosen)     # log p(chosen | prompt)
@@ -30,9 +32,8 @@ The loop in pseudocode, simplified, with the function names and sections of this
             loss = mean(losses - 0.1 policy_chosen) + 4 sft_loss(a batch of judging data)
             one step of AdamW
 
-The reference is the model as it was when the round began; the policy is the model in training. A
-larger beta keeps the policy closer to the reference. The last two terms of the loss keep the model
-from drifting and from forgetting how to judge (sections 8 and 11).
+The last two terms of the loss keep the model from drifting and from forgetting how to judge
+(sections 8 and 11).
 To run it:
 
     python srlm.py              # M0 to M3 on a CPU in about two minutes, and a table
@@ -473,10 +474,9 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
     prompts: 1-D rows of any lengths, without padding, or a (B, T) tensor padded with pad_id on
     either side. (Inside a row, pad_id is a token.) logit_filter: (B, V) -> (B, V).
     A token is drawn from softmax(logit_filter(logits / temperature)); temperature=0 takes the most
-    likely one of logit_filter(logits). Generation of a row stops at EOS (with eos_id=None it never
-    does), after max_new_tokens, or when prompt and answer together have the model's max_seq_len
-    tokens. An EOS inside a prompt is an ordinary token. The draws of a row do not depend on what
-    the other rows hold.
+    likely one of logit_filter(logits). Generation of a row stops at EOS (unless eos_id=None), after
+    max_new_tokens, or when prompt and answer together have the model's max_seq_len tokens.
+    An EOS inside a prompt is an ordinary token. The draws of a row do not depend on other rows.
 
     Cost: B * new * (prompt + new) tokens run through the model. A KV cache, which keeps the keys
     and values of earlier tokens, would make it B * (prompt + new).
@@ -513,9 +513,9 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
             if temperature == 0:
                 tokens = logits.argmax(-1)
             else:
-                # The first token whose cumulative probability exceeds the row's uniform number
-                # (times the last one, 1 but for rounding). With torch.multinomial the draws of a
-                # row would depend on the other rows.
+                # The first token whose cumulative probability exceeds the row's uniform number,
+                # which is scaled because the last cumulative probability is 1 only up to rounding.
+                # (With torch.multinomial the draws of a row would depend on the other rows.)
                 precise = torch.float32 if ids.device.type == "mps" else torch.float64
                 cumulative = logits.to(precise).softmax(-1).cumsum(-1)  # (active rows, V)
                 level = noise[active, step, None].to(precise) * cumulative[:, -1:]
@@ -576,9 +576,8 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 # own, its IMPLICIT REWARD. The usual way (RLHF) fits a reward to the preferences, and then searches
 # for its optimal policy. DPO changes pi until its implicit reward fits the preferences, and no
 # search is left. The Bradley-Terry model turns a reward into a prediction: y1 is preferred to y2
-# with probability sigmoid(r(x, y1) - r(x, y2)). (A term of x alone would cancel in the difference.)
-# The loss is minus the log of this probability, where y1 is the chosen response and y2 the rejected
-# one:
+# with probability sigmoid(r(x, y1) - r(x, y2)). The loss is minus the log of this probability,
+# where y1 is the chosen response and y2 the rejected one:
 #
 #     -log sigmoid( beta log( pi(y1|x) / ref(y1|x) ) - beta log( pi(y2|x) / ref(y2|x) ) )
 #
@@ -600,7 +599,7 @@ def token_logprobs(model, ids, pad_id=PAD):
     """log p(ids[:, t+1] | ids[:, :t+1]) at index t: (B, T) -> (B, T-1), in nats.
 
     Padding is replaced by 0 before the model is called. The result is float32 or wider whatever the
-    dtype of the model: a sum over 200 tokens in bfloat16 would be off by 2 nats.
+    dtype of the model: a sum over 200 tokens in bfloat16 can be off by 2 nats.
 
     >>> uniform = lambda ids: torch.zeros(*ids.shape, 4)
     >>> token_logprobs(uniform, torch.tensor([[3, 1, 2]]))           # ln(1/4) each
@@ -649,7 +648,7 @@ def sft_loss(model, ids, prompt_lens, pad_id=PAD):
     """Supervised fine-tuning: mean of -log p over all response tokens of a batch; scalar, in nats.
 
     The mean is over tokens and not over rows. It is zero, with zero gradient, if no row has a
-    response. (Training, in section 8, uses the same sum and the same count.)
+    response. (Training, in section 8, divides the same sum by the same count, never 0 there.)
 
     >>> uniform = lambda ids: torch.zeros(*ids.shape, VOCAB_SIZE)
     >>> sft_loss(uniform, torch.tensor([[5, 6, 7, EOS, PAD]]), torch.tensor([2]))     # ln 257
@@ -752,7 +751,7 @@ class RewardConfig:
 
 # For a real chat model: put your model's chat format into this template, around the text. It asks
 # for points to be added up, as in [1]. Before any training to judge, the model of [1] agreed with
-# people on 65 % of the pairs of answers that way; with a choice of five grades, on 27 %.
+# people on 65 % of the pairs of answers that way, and far less often with a choice of five grades.
 DEFAULT_REWARD_CONFIG = RewardConfig(
     prompt_template="""
     Below are a user's request and an assistant's answer. Grade the answer by adding up points,
@@ -773,8 +772,8 @@ DEFAULT_REWARD_CONFIG = RewardConfig(
     """,
     reward_regex_template="Score: {{ reward }}", reward_range=(0, 5))
 
-# The judge of the letter world (section 1) is short, because its model reads bytes. Only the sum is
-# read; the points before it are intermediate steps.
+# The judge prompt of the letter world (section 1) is short, because every byte is a token. Of the
+# verdict only the sum is read; the points before it are intermediate steps.
 LetterTask.JUDGE = RewardConfig("? {{ prompt }}\n{{ response }}\n", "= {{ reward }}",
                                 reward_range=(0, 5))
 MAX_VERDICT_TOKENS = 16  # "11101 = 4" and EOS take 10
@@ -909,8 +908,8 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
                                        pick_pair, is_valid_pair))
         return found
 
-    # Chunks bound the memory. The first is small, so that a judge that gives no score at all (see
-    # JudgeReward, section 13) ends the stage early.
+    # Chunks bound the memory. The first is small, so that JudgeReward (section 13) can raise an
+    # error early if a judge gives no score at all.
     chunks = [prompts[:4], *(prompts[at : at + 64] for at in range(4, len(prompts), 64))]
     # parallel_map is a lazy map(); with several processes each does a share of the chunks.
     found = parallel_map(write_reward_and_pick, list(enumerate(chunks)), "writing, judging")
@@ -1148,8 +1147,8 @@ def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
 
 # 9. Stages ----------------------------------------------------------------------------------------
 # Stages can follow each other in any order. What a stage does is written in its `run` from top to
-# bottom. Defaults of losses and judging are those of the papers; the values that suit the letter
-# world and its small model are in section 11.
+# bottom. Most defaults of losses and judging are those of the papers; the values that suit the
+# letter world and its small model are in section 11.
 #
 # A data set is anything with len() and [i], or a function that returns one. It is called with the
 # model when the stage begins: train_dataset=lambda model: [...].
@@ -1349,7 +1348,8 @@ def run_stages(model, stages, context, first=0):
     """
     for index in range(first, len(stages)):
         stage, seed = stages[index], combine_seeds(context.seed, index)
-        with named(f"stage {index} ({stage.kind})", ValueError), seeded(seed):  # errors name it
+        # named(): an error begins with the stage.
+        with named(f"stage {index} ({stage.kind})", ValueError), seeded(seed):
             record = stage.run(model, context._replace(seed=seed))
         yield {"stage": index, "kind": stage.kind, **record}
 
@@ -1379,9 +1379,9 @@ def judging_metrics(truth, judged):
     0.6666666666666666
     """
     # true_sign[p, i, j] is 1, 0 or -1: is answer i to prompt p better than, as good as, or worse
-    # than answer j? (For the curious: the cosine of the true and the judged signs is Kendall's tau.
-    # The sums of the signs over j are centred ranks, doubled: scores 1, 2, 3 give -2, 0, 2. The
-    # cosine of the true and the judged sums is Spearman's correlation.)
+    # than answer j? Kendall's tau is the cosine of the true and the judged signs. The sums of the
+    # signs over j are centred ranks, doubled: scores 1, 2, 3 give -2, 0, 2. Spearman's correlation
+    # is the cosine of the true and the judged sums.
     true_sign, judged_sign = (np.nan_to_num(np.sign(x[:, :, None] - x[:, None, :]))
                               for x in (truth, judged))
 
@@ -1390,16 +1390,17 @@ def judging_metrics(truth, judged):
         defined = norms > 0
         return float(((a * b).sum(1)[defined] / norms[defined]).mean()) if defined.any() else None
 
+    P, N = truth.shape
     favourite = np.nan_to_num(judged, nan=-np.inf).argmax(1)  # (P,)
     has_favourite = ~np.isnan(judged).all(1)
-    is_best = truth[np.arange(len(truth)), favourite] == truth.max(1)
+    is_best = truth[np.arange(P), favourite] == truth.max(1)
     differ = true_sign != 0
     hits = ((true_sign * judged_sign)[differ] + 1) / 2  # 1 right, 0 wrong, 1/2 tied
     return {"judge_pairwise": float(hits.mean()) if differ.any() else None,
             "judge_best5": float((is_best & has_favourite).mean()),
             "judge_exact": float((np.round(judged) == truth).mean()),
             "judge_spearman": cosine(true_sign.sum(2), judged_sign.sum(2)),
-            "judge_kendall": cosine(*(s.reshape(len(s), -1) for s in (true_sign, judged_sign)))}
+            "judge_kendall": cosine(true_sign.reshape(P, N * N), judged_sign.reshape(P, N * N))}
 
 
 def head_to_head(scores, others):
@@ -1458,16 +1459,17 @@ def measure(model, world, text, graded_answers, previous_scores):
 #     judgements(n, model, tidy)   -> [(prompt, answer, verdict)]      to learn to judge; `model`
 #                                                              is M0, which writes some of the
 #                                                              answers; for tidy see Recipe
-#     prompts(n, purpose)          -> [prompt]                 for a later stage; its name: purpose
+#     prompts(n, purpose)          -> [prompt]                 for the stage that purpose names
 #     eval_prompts                    [prompt]                 held out of all the data above
-#     graded_answers(model)        -> [(prompt, answer, true score)]   to measure judges; five per
-#                                                              prompt, or one if score is None
+#     graded_answers(model)        -> [(prompt, answer, true score)]   to measure judges; of M0,
+#                                                              five per prompt, or one if score is
+#                                                              None
 #     score(prompt, answer)        -> true score, 0 to 5; score = None if nobody knows it
 #
-# Two terms of the loss are not in [1]: the likelihood term, for which section 8 has the reason, and
-# REPLAY. A stage that trains on answers alone changes the weights that judge. Within a few rounds a
-# small model forgets how to judge, and its rewards become noise. So later stages rehearse the
-# judging data of M1, whose verdicts a program wrote. All rewards come from the model itself.
+# Two terms of the loss are not in [1]: the likelihood term (section 8 says why) and REPLAY. A stage
+# that trains on answers alone changes the weights that judge. Within a few rounds a small model
+# forgets how to judge, and its rewards become noise. So later stages rehearse the judging data of
+# M1, whose verdicts a program wrote. Still, all rewards come from the model itself.
 #
 # train() in section 18 puts this together, with files and a table:
 #     world = LetterWorld(seed=seed)
@@ -1488,8 +1490,8 @@ def setting(default, quick, reason):
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers of the recipe; all others have the defaults of sections 3, 8 and 9. The command
-    line has a flag for each."""
+    """The numbers of the recipe, each with a flag on the command line. All others, but for limits
+    of tokens, have the defaults of sections 3, 8 and 9."""
 
     # name                        default  quick  what it is, and why this value
     stages: str = setting("sft,self,self", None, "stages after M0: sft, self, spin, external")
@@ -1500,7 +1502,7 @@ class Recipe:
     sft_learning_rate: float = setting(4e-3, None, "for M0 and M1; 8e-3 diverges on some seeds")
     dpo_steps: int = setting(240, 30, "updates for a later stage, at most 8 epochs of its pairs")
     dpo_learning_rate: float = setting(2.5e-4, None, "for later stages; 1e-3 forgets how to judge")
-    beta: float = setting(1.0, None, "of DPO, and lambda of SPIN; 0.1 goes farther from M1")
+    beta: float = setting(1.0, None, "of DPO, and lambda of SPIN; 0.1 strays from the reference")
     nll_weight: float = setting(0.1, None, "of the likelihood term; 0: a lower true score")
     replay_weight: float = setting(4.0, None, "of the replayed judging data; 0: the judge forgets")
     n_candidates: int = setting(4, None, "answers to a prompt, as in [1]")
@@ -1509,7 +1511,7 @@ class Recipe:
     judgements: int = setting(12000, 1500, "number of judgements; 1,630 in [1], for 70B")
     stage_prompts: int = setting(1000, 96, "prompts for a later stage; about 950 give a pair")
     eval_prompts: int = setting(200, 40, "held-out prompts, with five answers to each")
-    tidy: bool = setting(False, None, "judging data without nonsense, which then fools the judge")
+    tidy: bool = setting(False, None, "leave nonsense out of the judging data; it fools the judge")
 
 
 def recipe_stages(recipe, world, demonstrations, make_judgements):
@@ -1517,7 +1519,7 @@ def recipe_stages(recipe, world, demonstrations, make_judgements):
 
     demonstrations: (prompt, answer) pairs. make_judgements: a function that returns the judging
     data, the same (prompt, answer, verdict) triples at each call; or None if there are none. It is
-    called only when the training of M1 begins, because M0 writes some of the answers.
+    not called before the training of M1 begins, because M0 writes some of the answers.
 
     >>> [stage.kind for stage in recipe_stages(Recipe(), LetterWorld(), [("sort ba", "ab")], None)]
     ['sft', 'sft', 'self-reward', 'self-reward']
