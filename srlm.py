@@ -616,6 +616,7 @@ def token_logprobs(model, ids, pad_id=PAD):
 def response_mask(ids, prompt_lens, pad_id=PAD):
     """True at index t if token t + 1 belongs to the response: (B, T), (B,) -> (B, T-1) bool.
 
+    Only the run of pad_id at the end of a row is padding; before it, pad_id is an ordinary token.
     The first token of a row is never predicted, so prompt_len 0 means the same as 1.
 
     >>> response_mask(torch.tensor([[5, 6, 7, 8, EOS, PAD]]), torch.tensor([2]))
@@ -632,7 +633,8 @@ def sequence_logprobs(model, ids, prompt_lens, pad_id=PAD):
         log p(y | x) = sum_t log p(y_t | x, y_<t)                            the chain rule
 
     DPO is derived for this sum. Divided by the number of tokens, as in some code, it is no longer
-    log p(y | x), and the derivation breaks.
+    log p(y | x), and the derivation breaks. Padding is as in response_mask, precision as in
+    token_logprobs; tokens outside of the response may have log p = -inf.
 
     >>> uniform = lambda ids: torch.zeros(*ids.shape, VOCAB_SIZE)
     >>> ids = torch.tensor([[5, 6, 7, EOS, PAD]])              # prompt 5 6, response 7 EOS
@@ -880,8 +882,8 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
     sampling: max_new_tokens, temperature, logit_filter of sample(). All draws follow from the seed,
     those of reward_fn and pick_pair too, because it seeds torch's global generator.
 
-    Returns the pairs, and how many prompts ended in each outcome of make_pair. ValueError if there
-    is no pair at all, a warning if there are fewer than n_pairs.
+    Returns the pairs, and how many prompts ended in each outcome of make_pair: "pairs", "unparsed",
+    "tied", "invalid". ValueError if there is no pair at all, a warning if fewer than n_pairs.
 
     >>> reward = lambda prompts, responses: [i % 4 for i in range(len(responses))]
     >>> model = Transformer(ModelConfig(dim=8, depth=1))
@@ -1044,6 +1046,7 @@ def shuffled_batches(examples, batch_size, generator, size=lambda example: 0):
     >>> sorted(next(batches) + next(batches) + next(batches))
     ['a', 'a', 'b', 'b', 'c', 'c']
     """
+    require(len(examples) > 0, "there are no examples to draw batches from")
     queue, n_sorted = [], 2 * batch_size
     while True:
         while len(queue) < batch_size:
@@ -1231,8 +1234,8 @@ class SelfPlayConfig(StageConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig(StageConfig):
-    """DPO [2] on pairs that exist already: what load_pairs (section 16) returns, or triples of
-    texts (prompt, chosen, rejected)."""
+    """DPO [2] on pairs that exist already: what load_pairs (section 16) returns, triples of texts
+    (prompt, chosen, rejected), or dicts with these keys."""
 
     kind: ClassVar[str] = "dpo"
     pair_dataset: Any
@@ -2103,7 +2106,9 @@ def as_item(entry, text, max_seq_len, vocab):
 
 
 def as_pair(entry, text, max_seq_len, vocab):
-    """A PreferencePair, made of one or of texts (prompt, chosen, rejected)."""
+    """A PreferencePair, made of one, of texts (prompt, chosen, rejected), or of a dict of these."""
+    if isinstance(entry, dict):
+        entry = [entry.get(name) for name in ("prompt", "chosen", "rejected")]
     if isinstance(entry, PreferencePair):
         prompt, *answers = map(as_ids, entry[:3])
         items = [(torch.cat((prompt, answer)), len(prompt)) for answer in answers]
@@ -2312,6 +2317,7 @@ class SelfRewardingTrainer:
 
     def _begin(self, overwrite, resume):
         """Prepare the folder; load the last finished stage. Returns the records up to it."""
+        require(not (overwrite and resume), "resume and overwrite exclude each other")
         with named("cannot make the folder"):
             self.folder.mkdir(parents=True, exist_ok=True)
         if overwrite or os.environ.get("SRLM_CLEAR_CHECKPOINTS") == "1":
@@ -2323,9 +2329,12 @@ class SelfRewardingTrainer:
                     path.unlink()
         finished = [stage for stage in range(len(self.configs)) if self.path(stage).exists()]
         if not finished:
+            if resume:
+                warnings.warn(f"nothing to resume in {self.folder}; this run begins with stage 0")
             return []
         path = self.path(finished[-1])
-        require(resume, f"{path} exists; resume goes on after it, overwrite replaces it")
+        require(resume, f"{path} exists; --resume (resume=True) goes on after it, --overwrite "
+                "(overwrite_checkpoints=True) replaces it")
         state = load_checkpoint(path)
         then, now = state["settings"], self._settings(finished[-1])
         for key in then | now:
@@ -2369,7 +2378,7 @@ def load_checkpoint(path):
     """What a checkpoint holds: model (the weights), records (the last one without what `evaluate`
     finds), settings. Nothing in the file is executed. ValueError, with the path, for anything but
     a whole checkpoint of srlm."""
-    require(Path(path).exists(), f"{path} does not exist")
+    require(Path(path).is_file(), f"{path} does not exist, or is a folder")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         wrong = zipfile.ZipFile(path).testzip()  # torch does not look at the checksums
@@ -2455,8 +2464,9 @@ class Options(Recipe):
             check_number(name, value, f"--{name.replace('_', '-')} {value}")
         require(self.seed < 2**64, f"--seed {self.seed} is not below 2**64 = {2**64}")
         stages = self.stages.split(",")
-        require(set(stages) <= {"sft", "self", "spin", "external"},
-                f"--stages {self.stages}: one is none of sft, self, spin, external")
+        for stage in stages:
+            require(stage in ("sft", "self", "spin", "external"),
+                    f"--stages {self.stages}: {stage!r} is none of sft, self, spin, external")
         require(stages[0] == "sft", "--stages must begin with sft: before it no model can answer")
         if self.sft or self.judged or self.prompts:
             require(self.sft != "", "--judged and --prompts need --sft to begin with")
