@@ -1889,8 +1889,9 @@ def counted_pairs(outcomes, n_pairs, source, reward_fn):
             pairs.append(pair)
         if len(pairs) == n_pairs:
             break
-    require(len(pairs) > 0, f"no preference pair: {counts} from {source}; the last replies, "
-            f"if a judge was asked: {getattr(reward_fn, 'replies', [])}")
+    replies = getattr(reward_fn, "replies", None)  # of a judge; other rewards have none
+    quoted = f"; the judge's last replies were {replies}" if replies else ""
+    require(len(pairs) > 0, f"no preference pair: {counts} from {source}{quoted}")
     if n_pairs is not None and len(pairs) < n_pairs:
         warnings.warn(f"{n_pairs} preference pairs were asked for, but {counts} from {source}")
     return pairs, counts

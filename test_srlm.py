@@ -78,7 +78,8 @@ def hint(found, expected):
     if not (isinstance(found, torch.Tensor) and isinstance(expected, torch.Tensor)):
         return ""
     if found.shape != expected.shape:
-        shorter = found.ndim == 1 and expected.dtype == torch.long and len(found) == len(expected) - 1
+        are_rows = found.ndim == expected.ndim == 1 and expected.dtype == torch.long  # of token ids
+        shorter = are_rows and len(found) == len(expected) - 1
         words = f"shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
         return words + ": yours is shorter by one, is EOS missing?" * shorter
     a, b = expected.double().flatten(), found.double().flatten()
@@ -3392,7 +3393,8 @@ def test_the_grader_tells_right_from_wrong(job):
     """Any right function passes, even beside wrong ones; a wrong one fails with words, an endless
     one is stopped."""
     _, output = job("grader")
-    for line in ("spin_loss +2 of 2", "encode +0 of 2", "exit code 1", "dpo_loss +3 of 3", "spin_loss +is not in mine",
+    for line in ("spin_loss +2 of 2", "encode +0 of 2", "exit code 1", "dpo_loss +3 of 3",
+                 "spin_loss +is not in mine",
                  "pick_best_worst +not written yet", "top_k +0 of 3",
                  r" +stopped after 12 s: an endless loop\?", r" +expected \| yours",
                  "RewardConfig.parse +2 of 8",
@@ -3806,7 +3808,8 @@ def run_on(report, folder, path, names=(), profile="faults"):
     for name in ("srlm", "test_srlm"):  # to be imported anew
         sys.modules.pop(name, None)
     importlib.import_module("srlm")  # before pytest puts the folder of the tests first
-    run_tests(report, profile, path, names, *["--assert=plain"] * (profile == "faults"))  # saves a second
+    no_words = ["--assert=plain"] if profile == "faults" else []  # which saves a second
+    run_tests(report, profile, path, names, *no_words)
 
 
 def plant(fault, path=None):
