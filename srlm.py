@@ -139,7 +139,7 @@ class LetterTask:
     letters = "abcdefgh"
 
     def target(self, prompt):
-        """The letters of the perfect answer. ValueError if it is not a prompt of the task.
+        """The letters of the perfect answer. ValueError for what is no prompt of the task.
 
         >>> LetterTask().target("reverse dbca")
         'acbd'
@@ -851,8 +851,8 @@ def pick_best_worst(rewards):
 def make_pair(prompt, candidates, rewards, pick_pair=pick_best_worst, is_valid_pair=None):
     """(outcome, pair) of the N candidates of a prompt. The pair may be None. The outcomes are
         "pairs"      there is a pair
-        "unparsed"   the picker found no two, and fewer than two candidates have a reward
-        "tied"       the picker found no two, although two or more have one
+        "unparsed"   nothing was picked, and fewer than two candidates have a reward
+        "tied"       nothing was picked, although two or more candidates have a reward
         "invalid"    the two have equal tokens, or is_valid_pair refuses their rewards
 
     >>> make_pair(torch.tensor([7]), torch.tensor([[8], [9]]), torch.tensor([1.0, 1.0]))
@@ -877,10 +877,10 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
 
     Prompts are worked through in chunks of P <= 64. reward_fn is called once per chunk, with P * N
     candidates, and returns as many numbers in a list, array or tensor, NaN for no opinion.
-    n_pairs: stop at this many. One pass over the prompts; a repeated prompt is asked again.
+    n_pairs: stop at this many. One pass over the prompts; one listed twice is asked twice.
     is_valid_pair(chosen_reward, rejected_reward): by default, chosen_reward > rejected_reward.
     sampling: max_new_tokens, temperature, logit_filter of sample(). All draws follow from the seed,
-    those of reward_fn and pick_pair too, because it seeds torch's global generator.
+    those of reward_fn and pick_pair too, because torch's global generator is seeded.
 
     Returns the pairs, and how many prompts ended in each outcome of make_pair: "pairs", "unparsed",
     "tied", "invalid". ValueError if there is no pair at all, a warning if fewer than n_pairs.
@@ -1514,7 +1514,7 @@ class Recipe:
     judgements: int = setting(12000, 1500, "number of judgements; 1,630 in [1], for 70B")
     stage_prompts: int = setting(1000, 96, "prompts for a later stage; about 950 give a pair")
     eval_prompts: int = setting(200, 40, "held-out prompts, with five answers to each")
-    tidy: bool = setting(False, None, "leave nonsense out of the judging data; it fools the judge")
+    tidy: bool = setting(False, None, "no nonsense in the judging data; the judge falls for it")
 
 
 def recipe_stages(recipe, world, demonstrations, make_judgements):
