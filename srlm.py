@@ -13,8 +13,8 @@ the right order more often than in the wrong one.
     M3   M2 after DPO on pairs that M2 wrote and graded
 
 The loop in pseudocode, simplified, with the function names and sections of this file. The policy
-is the model in training; the reference is the model as it was when the round began; a larger beta
-keeps the policy closer to it:
+is the model in training; the reference is the model as it was when the round began; beta says how
+closely the policy is tied to it:
 
     fit(model, sft_objective(demonstrations, loss on prompts too))       # M0          sections 3, 8
     fit(model, sft_objective(demonstrations + judging data))             # M1
@@ -179,11 +179,12 @@ class LetterTask:
 EOS = 256  # end of sequence: the model has finished its answer; no text contains this id
 VOCAB_SIZE = 257
 PAD = -1  # not a token: marks the empty places of a batch; replaced before any model sees them
-# Functions whose input may have been padded by other code take a pad_id.
+# sample() and the functions of section 5 have an argument pad_id=PAD: tensors that other code has
+# padded may use another id.
 
 
 def encode(text):
-    """The UTF-8 bytes of a text. (A lone surrogate becomes "?".)
+    """The UTF-8 bytes of a text. (Half a surrogate pair, which UTF-8 cannot express, becomes "?".)
 
     >>> encode("abé")
     [97, 98, 195, 169]
@@ -236,7 +237,7 @@ class TextFormat:
     (tensor([ 62,  32, 104, 105,  58, 121, 111, 256]), 5)
     """
 
-    # Fields that hold functions; the defaults are encode() and decode() above.
+    # The first two fields are functions, by default encode() and decode() above.
     encode: Callable[[str], Sequence[int] | Tensor] = encode
     decode: Callable[[Tensor], str] = decode
     chat_template: str = "{{ prompt }}"
@@ -275,8 +276,8 @@ class TextFormat:
 #
 # So any causal model can take its place. Two optional attributes are used where they exist:
 #     max_seq_len                       the largest T that the model accepts
-#     next_token_logits(ids, lengths)   (B, T), (B,) -> (B, V): the logits at position lengths - 1,
-#                                       for a model that can skip the other positions
+#     next_token_logits(ids, lengths)   (B, T), (B,) -> (B, V): the logits at position lengths - 1
+#                                       alone, which spares the work for all other positions
 
 
 @dataclass(frozen=True)
@@ -343,8 +344,9 @@ class Block(nn.Module):
 
     def forward(self, x, rotations):
         qkv = self.to_qkv(self.attention_norm(x))  # (B, T, 3D)
-        q, k, v = rearrange(qkv, "b t (n h d) -> n b h t d", n=3, h=self.heads)
-        q, k = rotate(q, rotations), rotate(k, rotations)  # (B, H, T, D/H) each, as v
+        qkv = rearrange(qkv, "b t (n h d) -> n b h t d", n=3, h=self.heads)  # (3, B, H, T, D/H)
+        q, k, v = qkv  # (B, H, T, D/H) each
+        q, k = rotate(q, rotations), rotate(k, rotations)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D/H)
         x = x + self.to_out(rearrange(attended, "b h t d -> b t (h d)"))
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
@@ -422,7 +424,7 @@ def top_k(logits, k):
 
 def top_p(logits, p):
     """Nucleus sampling (arXiv:1904.09751): from the most likely token down, keep the fewest tokens
-    whose probabilities add up to at least p, and at least one. (B, V) -> (B, V). p=1 keeps all.
+    whose probabilities add up to at least p: (B, V) -> (B, V). p=1 keeps all tokens, p=0 keeps one.
 
     ValueError unless 0 <= p <= 1.
 
@@ -452,12 +454,12 @@ def last_logits(model, ids):
     >>> last_logits(uniform, torch.tensor([[1, 2], [1, PAD]])).shape
     torch.Size([2, 3])
     """
-    ids, inverse = ids.unique(dim=0, return_inverse=True)  # row i of the input: ids[inverse[i]]
-    lengths = (ids != PAD).sum(dim=1)
-    logits = [None] * len(ids)
+    unique, inverse = ids.unique(dim=0, return_inverse=True)  # ids[i] is unique[inverse[i]]
+    lengths = (unique != PAD).sum(dim=1)
+    logits = [None] * len(unique)
     for rows in pieces_by_tokens(lengths.tolist()):  # indices of rows of similar length
         n = lengths[rows]
-        piece = ids[rows, : int(n.max())].clamp(min=0)  # PAD becomes 0; a causal model ignores it
+        piece = unique[rows, : int(n.max())].clamp(min=0)  # PAD -> 0; a causal model ignores it
         if hasattr(model, "next_token_logits"):
             found = model.next_token_logits(piece, n)
         else:
@@ -472,7 +474,7 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
     """Continue each prompt; return the NEW tokens of each, EOS included.
 
     prompts: 1-D rows of any lengths, without padding, or a (B, T) tensor padded with pad_id on
-    either side. (Inside a row, pad_id is a token.) logit_filter: (B, V) -> (B, V).
+    either side. (Between two tokens, pad_id is itself a token.) logit_filter: (B, V) -> (B, V).
     A token is drawn from softmax(logit_filter(logits / temperature)); temperature=0 takes the most
     likely one of logit_filter(logits). Generation of a row stops at EOS (unless eos_id=None), after
     max_new_tokens, or when prompt and answer together have the model's max_seq_len tokens.
@@ -497,7 +499,7 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
     if not prompts:
         return []
     device = device_of(model)  # where its weights are, such as "cpu" or "cuda"
-    noise = torch.rand(len(prompts), max_new_tokens, generator=generator).to(device)
+    uniform = torch.rand(len(prompts), max_new_tokens, generator=generator).to(device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     ids = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=PAD)
     ids = F.pad(ids, (0, max_new_tokens), value=PAD).to(device)  # (B, T + new)
@@ -518,7 +520,7 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
                 # (With torch.multinomial the draws of a row would depend on the other rows.)
                 precise = torch.float32 if ids.device.type == "mps" else torch.float64
                 cumulative = logits.to(precise).softmax(-1).cumsum(-1)  # (active rows, V)
-                level = noise[active, step, None].to(precise) * cumulative[:, -1:]
+                level = uniform[active, step, None].to(precise) * cumulative[:, -1:]  # (rows, 1)
                 tokens = torch.searchsorted(cumulative, level, right=True).squeeze(1)
             ids[active, lengths[active]] = tokens
             lengths[active] += 1
@@ -555,7 +557,7 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 # p(rejected) is, it is pushed down further, until the model writes nonsense. DPO starts from a goal
 # that has an optimum. Let pi be the policy and ref the reference. Maximise the mean of a reward
 # r(x, y) over the responses of the policy, minus beta times the mean of log( pi(y|x) / ref(y|x) ).
-# (In the end r drops out, and it is enough to know which response was preferred.)
+# (We shall not need to know r: for the loss at the end it is enough to know which was preferred.)
 #
 #     max_pi  sum over y of [ pi(y|x) r(x, y) - beta pi(y|x) log( pi(y|x) / ref(y|x) ) ]
 #
@@ -573,10 +575,13 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 #
 # Now take any policy pi, even the one in training, and put r = beta log(pi / ref) into the formula
 # for the optimum: it gives back pi, with Z = 1. So every policy is the optimum for a reward of its
-# own, its IMPLICIT REWARD. The usual way (RLHF) fits a reward to the preferences, and then searches
-# for its optimal policy. DPO changes pi until its implicit reward fits the preferences, and no
-# search is left. The Bradley-Terry model turns a reward into a prediction: y1 is preferred to y2
-# with probability sigmoid(r(x, y1) - r(x, y2)). The loss is minus the log of this probability,
+# own, its IMPLICIT REWARD. (Adding one number to the rewards of all responses to x changes neither
+# the optimum nor any difference of rewards, only Z. So nothing is lost by choosing Z = 1.)
+#
+# The usual way (RLHF) fits a reward to the preferences, and then searches for its optimal policy.
+# DPO changes pi until its implicit reward fits the preferences, and no search is left. What "fits"
+# means is said by the Bradley-Terry model, which turns a reward into a prediction: y1 is preferred
+# to y2 with probability sigmoid(r(x, y1) - r(x, y2)). The loss is minus the log of this probability
 # where y1 is the chosen response and y2 the rejected one:
 #
 #     -log sigmoid( beta log( pi(y1|x) / ref(y1|x) ) - beta log( pi(y2|x) / ref(y2|x) ) )
@@ -753,7 +758,8 @@ class RewardConfig:
 
 # For a real chat model: put your model's chat format into this template, around the text. It asks
 # for points to be added up, as in [1]. Before any training to judge, the model of [1] agreed with
-# people on 65 % of the pairs of answers that way, and far less often with a choice of five grades.
+# people on 65 % of the pairs of answers that way, and far less often when it was asked to choose
+# the one of five descriptions that fits the answer.
 DEFAULT_REWARD_CONFIG = RewardConfig(
     prompt_template="""
     Below are a user's request and an assistant's answer. Grade the answer by adding up points,
@@ -903,22 +909,22 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
                           eos_id=text.eos_id, **sampling)
             rewards = reward_fn(asked, [text.text(row) for row in rows])
             rewards = as_rewards(rewards, len(rows))  # (P * N,), whatever form they had
-            found = []
+            made = []
             for p, prompt in enumerate(chunk):
                 of_p = slice(p * n_candidates, (p + 1) * n_candidates)
-                found.append(make_pair(text.prompt_ids(prompt), rows[of_p], rewards[of_p],
-                                       pick_pair, is_valid_pair))
-        return found
+                made.append(make_pair(text.prompt_ids(prompt), rows[of_p], rewards[of_p],
+                                      pick_pair, is_valid_pair))
+        return made
 
     # Chunks bound the memory. The first is small, so that JudgeReward (section 13) can raise an
     # error early if a judge gives no score at all.
     chunks = [prompts[:4], *(prompts[at : at + 64] for at in range(4, len(prompts), 64))]
     # parallel_map is a lazy map(); with several processes each does a share of the chunks.
-    found = parallel_map(write_reward_and_pick, list(enumerate(chunks)), "writing, judging")
+    made = parallel_map(write_reward_and_pick, list(enumerate(chunks)), "writing, judging")
+    # Collect the pairs, up to n_pairs, and count the outcomes. The last two arguments are for the
+    # message of an error: where the pairs should have come from, and the judge to be quoted.
     source = f"{len(prompts)} prompts with {n_candidates} candidates each"
-    # Count the outcomes, and stop at n_pairs. No pair at all is an error, which quotes source and
-    # the replies of a judge.
-    return counted_pairs(found, n_pairs, source, reward_fn)
+    return counted_pairs(made, n_pairs, source, reward_fn)
 
 
 # 8. Training --------------------------------------------------------------------------------------
@@ -952,7 +958,7 @@ def collate(items, device):
 
 
 def sft_objective(items, weight=1.0):
-    """-log p of the responses, as a sum over a batch and a count of its tokens.
+    """The two parts of sft_loss: the sum of -log p over the response tokens, and their number.
 
     >>> model = Transformer(ModelConfig(dim=8, depth=1))
     >>> items = [(torch.tensor([5, 6, 7]), 1)]
@@ -969,7 +975,7 @@ def sft_objective(items, weight=1.0):
 def pair_logprobs(model, pairs):
     """log p(chosen | prompt) and log p(rejected | prompt) of each pair: (B,) each, in nats.
 
-    >>> uniform = nn.Embedding.from_pretrained(torch.zeros(257, 257))    # a Module: ids -> logits 0
+    >>> uniform = nn.Embedding.from_pretrained(torch.zeros(257, 257))  # maps each id to 257 logits
     >>> pair = PreferencePair(prompt=torch.tensor([7]), chosen=torch.tensor([8]),
     ...                       rejected=torch.tensor([9]))
     >>> pair_logprobs(uniform, [pair])                                     # ln(1/257) each
@@ -990,7 +996,7 @@ def preference_objective(pairs, loss_fn, nll_weight=0.0):
     Both may lose probability to text that occurs in no pair. ([5] divides log p(chosen) by its
     number of tokens; here it is the sum.)
 
-    >>> uniform = nn.Embedding.from_pretrained(torch.zeros(257, 257))      # ids -> logits 0
+    >>> uniform = nn.Embedding.from_pretrained(torch.zeros(257, 257))
     >>> pairs = with_reference_logprobs(uniform, [PreferencePair(*torch.tensor([[7], [8], [9]]))])
     >>> preference_objective(pairs, dpo_loss).loss(uniform, pairs)[0]      # log 2
     tensor(0.6931)
@@ -1153,8 +1159,8 @@ def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
 # bottom. Most defaults of losses and judging are those of the papers; the values that suit the
 # letter world and its small model are in section 11.
 #
-# A data set is anything with len() and [i], or a function that returns one. It is called with the
-# model when the stage begins: train_dataset=lambda model: [...].
+# A data set is anything with len() and [i]. Or it is a function, train_dataset=lambda model: [...],
+# that is called with the model when the stage begins, and returns one.
 
 
 class Context(NamedTuple):
@@ -1192,7 +1198,7 @@ class SFTConfig(StageConfig):
     def run(self, model, context):
         items = checked_data(self, "train_dataset", model, context.text)
         if self.loss_on_prompt:
-            items = [(ids, 0) for ids, _ in items]
+            items = [(ids, 0) for ids, _ in items]  # a prompt of 0 tokens: all else is response
         return minimise(model, sft_objective(items), self, context)
 
 
@@ -1202,9 +1208,11 @@ class SelfPlayConfig(StageConfig):
 
     A demonstration is preferred even where the model's own answer is better. So the model gets no
     better than its demonstrations: once it writes as they do, chosen and rejected answers are
-    alike, and nothing is left to learn (Theorem 5.2 of [3]). But within a round the rejected
-    answers do not change, and a small lam is a loose tie to the opponent. So a long round with a
-    small lam overshoots: what was written too often becomes too rare.
+    alike, and nothing is left to learn (Theorem 5.2 of [3]).
+
+    What usually goes wrong: the rejected answers are written once, at the start of the round, and a
+    small lam lets the model move far from the one that wrote them. So a long round overshoots: what
+    the model wrote too often at first becomes too rare.
     """
 
     kind: ClassVar[str] = "spin"
@@ -1374,7 +1382,7 @@ def judging_metrics(truth, judged):
     judge_spearman   correlation of the ranks of true and judged scores, mean over the prompts
     judge_kendall    mean of Kendall's tau-b: (right - wrong pairs) / pairs, corrected for ties
 
-    (In Table 4 best5 is about answers scored 5, and exact about whole rankings.)
+    (In Table 4, "5-best" is about answers that the judge scores 5, "exact match" about rankings.)
     A judged NaN ties with everything in pairs and ranks, and counts as a miss otherwise. Prompts
     for which a number is not defined are left out; the number is None if that leaves none.
 
@@ -1382,9 +1390,10 @@ def judging_metrics(truth, judged):
     0.6666666666666666
     """
     # true_sign[p, i, j] is 1, 0 or -1: is answer i to prompt p better than, as good as, or worse
-    # than answer j? Kendall's tau is the cosine of the true and the judged signs. The sums of the
-    # signs over j are centred ranks, doubled: scores 1, 2, 3 give -2, 0, 2. Spearman's correlation
-    # is the cosine of the true and the judged sums.
+    # than answer j? The sum of true_sign * judged_sign counts pairs in the right order minus pairs
+    # in the wrong order. Kendall's tau-b divides it by the lengths of both, so it is their cosine.
+    # The sums of the signs over j are ranks: scores 1, 2, 3 give -2, 0, 2, with mean 0. Spearman's
+    # correlation is the ordinary one, of ranks; and that of numbers with mean 0 is their cosine.
     true_sign, judged_sign = (np.nan_to_num(np.sign(x[:, :, None] - x[:, None, :]))
                               for x in (truth, judged))
 
@@ -1464,9 +1473,10 @@ def measure(model, world, text, graded_answers, previous_scores):
 #                                                              answers; for tidy see Recipe
 #     prompts(n, purpose)          -> [prompt]                 for the stage that purpose names
 #     eval_prompts                    [prompt]                 held out of all the data above
-#     graded_answers(model)        -> [(prompt, answer, true score)]   to measure judges; of M0,
-#                                                              five per prompt, or one if score is
-#                                                              None
+#     graded_answers(model)        -> [(prompt, answer, true score)]   to measure all judges on the
+#                                                              same answers; `model` is M0, which
+#                                                              writes them, five per prompt (one if
+#                                                              score is None)
 #     score(prompt, answer)        -> true score, 0 to 5; score = None if nobody knows it
 #
 # Two terms of the loss are not in [1]: the likelihood term (section 8 says why) and REPLAY. A stage
@@ -1474,12 +1484,13 @@ def measure(model, world, text, graded_answers, previous_scores):
 # forgets how to judge, and its rewards become noise. So later stages rehearse the judging data of
 # M1, whose verdicts a program wrote. Still, all rewards come from the model itself.
 #
-# train() in section 18 puts this together, with files and a table:
-#     world = LetterWorld(seed=seed)
+# train() in section 18 puts this together, with files and a table. In outline, where m0 is a copy
+# of the model after the first stage:
 #     demonstrations = world.demonstrations(recipe.demonstrations)
+#     make_judgements = lambda: world.judgements(recipe.judgements, m0, recipe.tidy)
 #     stages = recipe_stages(recipe, world, demonstrations, make_judgements)
 #     for record in run_stages(model, stages, Context(text, {"default": world.JUDGE}, seed)):
-#         print(measure(model, world, text, graded_answers, previous_scores))
+#         measure(model, world, text, world.graded_answers(m0), the scores of the model before)
 
 
 def setting(default, quick, reason):
@@ -1493,8 +1504,9 @@ def setting(default, quick, reason):
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers of the recipe, each with a flag on the command line. All others, but for limits
-    of tokens, have the defaults of sections 3, 8 and 9."""
+    """The numbers of the recipe, each with a flag on the command line. Settings of a stage or of
+    the model that are not listed here keep their defaults from sections 3, 8 and 9, except that the
+    world limits the tokens of an answer."""
 
     # name                        default  quick  what it is, and why this value
     stages: str = setting("sft,self,self", None, "stages after M0: sft, self, spin, external")
