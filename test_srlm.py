@@ -3322,10 +3322,11 @@ def run_the_notebook():
 
 @needs("notebook")
 def test_the_notebook_is_stored_as_it_ran_and_runs_again(job):
-    """The notebook is stored as it ran, without warnings, and runs again with FAST = True."""
+    """The notebook is stored as it ran, in short cells without warnings, and runs with FAST."""
     cells = json.loads((HERE / "tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    assert max(len(cell["source"]) for cell in code) <= 10  # lines
     outputs = [output for cell in code for output in cell["outputs"]]
     assert "error" not in {output["output_type"] for output in outputs}
     assert not any(output.get("name") == "stderr" for output in outputs)
