@@ -2174,12 +2174,12 @@ def read_lines(path, read):
     """read(row) of each line of a JSON-lines file. ValueError names file, line and reason."""
     found = []
     with named(path):
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = Path(path).read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         if line.strip():
             with named(f"{path}, line {number}"):
-                row = json.loads(line)
-                require(isinstance(row, dict), f"not an object but {line[:40]!r}")
+                row = json.loads(line.decode("utf-8-sig"))  # Windows may begin a file with a BOM
+                require(isinstance(row, dict), f"not an object but {str(row)[:40]}")
                 found.append(read(row))
     require(len(found) > 0, f"{path} is empty")
     return found
@@ -2667,7 +2667,8 @@ class Scoreboard:
             shares = head_to_head(self.scores[-1], self.scores[2])
             last = self.lines[-1]["model"]
             say(f"\n{last} against M1: win {shares['win']:.0%}, lose {shares['lose']:.0%}")
-        say(f'\nask it: python srlm.py ask {path} "{self.world.eval_prompts[0]}"')
+        python = sys.orig_argv[0]  # as it was typed, such as .venv/bin/python
+        say(f'\nask it: {python} srlm.py ask {path} "{self.world.eval_prompts[0]}"')
 
 
 def train(options, world=None):
