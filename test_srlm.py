@@ -2680,14 +2680,14 @@ def test_other_files_are_read(tmp_path):
     pair, = srlm.load_pairs(path, TEXT)  # answers count as ended, and a missing score is NaN
     same(list(pair[:4]), [*map(torch.tensor, ([0], [1, 8], [8])), NAN])
     path.write_text('{"score": 4.5, "prompt": "ä", "response": "b"}\n\n'
-                    '{"prompt":"c","response":"d","score":0}', encoding="utf-8")
+                    '{"prompt":"c","response":"d","score":0}', encoding="utf-8-sig")  # with a BOM
     rows = srlm.read_jsonl(path, ["prompt", "response", "score"])
     assert rows == [("ä", "b", 4.5), ("c", "d", 0)]
 
 
 @pytest.mark.parametrize("read, line, reason", [
     *((read, *row) for read in (read_rows, read_pairs)
-      for row in (("{", "Expecting"), ("[1]", "not an object"))),
+      for row in (("{", "Expecting"), ("[1]", "not an object"), ("\udcff", "decode byte 0xff"))),
     (read_rows, '{"prompt": "a"}', r"fields are \['prompt'\], not"),
     (read_rows, '{"prompt": "a", "score": 1, "x": 1}', "fields are .*'x'.*, not"),
     (read_rows, '{"prompt": 3, "score": 1}', "prompt is 3"),
@@ -2700,15 +2700,16 @@ def test_other_files_are_read(tmp_path):
 def test_an_error_in_a_file_names_file_line_and_reason(read, line, reason, tmp_path):
     """A line that cannot be used is an error that says which file, which line, and why."""
     good = '{"prompt": "a", "score": 1}' if read is read_rows else GOOD
-    (tmp_path / "bad.jsonl").write_text(f"{good}\n{line}\n")
+    written = f"{good}\n{line}\n".encode(errors="surrogateescape")  # "\udcff" is the byte ff
+    (tmp_path / "bad.jsonl").write_bytes(written)
     with pytest.raises(ValueError, match=f"bad.jsonl, line 2: .*{reason}"):
         read(tmp_path / "bad.jsonl")
 
 
 @pytest.mark.parametrize("read", [read_rows, read_pairs])
-@pytest.mark.parametrize("content", ["missing", b"\n\n", b'{"prompt": "\xff"}'])
+@pytest.mark.parametrize("content", ["missing", b"\n\n"])
 def test_a_file_without_a_line_is_refused(read, content, tmp_path):
-    """A file that is missing, empty, or not UTF-8 is an error that names it."""
+    """A file that is missing or empty is an error that names it."""
     if content != "missing":
         (tmp_path / "bad.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match="bad.jsonl"):
