@@ -1696,6 +1696,7 @@ for name, function in list(globals().items()):
 import argparse
 import ast
 import concurrent.futures
+import difflib
 import errno
 import functools
 import gc
@@ -1713,6 +1714,7 @@ import sys
 import tempfile
 import textwrap
 import threading
+import traceback
 import zlib
 from pathlib import Path
 
@@ -3381,7 +3383,9 @@ def try_the_grader():
     Path("mine.py").write_text(HAND_IN)
     Path("wrong.py").write_text(WRONG)
     Path("broken.py").write_text("def decode(:\n")
-    print("exit code", main(["grade", "wrong.py"]))
+    Path("unknown.py").write_text("import srlm\nprint(nothing)\n")
+    Path("misspelt.py").write_text("def top_kk(logits, k):\n    return logits\n")
+    print("exit code", main(["grade", "wrong.py", "unknown.py", "misspelt.py"]))
     print("exit code", main(["grade", "mine.py", "broken.py", "dpo_loss", "spin_loss"]))
     FAULTS = "@@".join(FAULTS.split("@@")[:4])
     example, = [block for block in readme_blocks() if "test_chain_rule_in_a_batch" in block]
@@ -3395,7 +3399,9 @@ def test_the_grader_tells_right_from_wrong(job):
     """Any right function passes, even beside wrong ones; a wrong one fails with words, an endless
     one is stopped."""
     _, output = job("grader")
-    for line in ("spin_loss +2 of 2", "encode +0 of 2", "exit code 1", "dpo_loss +3 of 3",
+    for line in ("spin_loss +2 of 2", "encode +0 of 2", "top_kk +is no unit; did you mean top_k", "exit code 2",
+                 "unknown.py  cannot be graded", "dpo_loss +3 of 3",
+                 r" +in the case name='dpo_loss':",
                  "spin_loss +is not in mine",
                  "pick_best_worst +not written yet", "top_k +0 of 3",
                  r" +stopped after 12 s: an endless loop\?", r" +expected \| yours",
@@ -3449,11 +3455,15 @@ class Reporter:
         if report.when == "call" and report.passed:
             self.report(report.location[2].partition("[")[0], "")
 
-    def pytest_exception_interact(self, call, report):
+    def pytest_exception_interact(self, node, call, report):
         error = call.excinfo.value
         if isinstance(error, pytest.Collector.CollectError):  # the file cannot be imported
             error = error.__cause__ or error
-        self.report(report.location[2].partition("[")[0], words_of(error))
+        words = words_of(error)
+        if hasattr(node, "callspec") and words != NOT_WRITTEN and "counterexample" not in words:
+            case = (f"{name}={value!r}"[:70] for name, value in node.callspec.params.items())
+            words = f"in the case {', '.join(case)}:\n{words}"
+        self.report(report.location[2].partition("[")[0], words)
 
 
 # Half of the time of a short run of pytest goes into tracebacks, which nobody sees, and into
@@ -3562,17 +3572,26 @@ def imported(path):
     sys.path.insert(0, str(Path(path).resolve().parent))
     spec = importlib.util.spec_from_file_location("hand_in", path)
     module = sys.modules["hand_in"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f"line {frame.lineno}: " for frame in frames if frame.filename == spec.origin]
+        raise ImportError(f"{''.join(lines[-1:])}{type(error).__name__}: {error}") from error
     return module
 
 
 def find_units(report, path):
-    """Report which units a file has, other than those that it imports from srlm."""
+    """Report which units a file has, other than those that it imports from srlm, and which of its
+    functions have nearly the name of another unit."""
     module = imported(path)
-    for unit in UNITS:
-        written = part_of(module, unit)
-        if written is not None and written is not part_of(srlm, unit):
-            report(unit, NOT_WRITTEN if is_blank(written) else "")
+    is_theirs = lambda unit: part_of(module, unit) not in (None, part_of(srlm, unit))
+    for unit in filter(is_theirs, UNITS):
+        report(unit, NOT_WRITTEN if is_blank(part_of(module, unit)) else "")
+    for name in vars(module).keys() - vars(srlm).keys():
+        for unit in difflib.get_close_matches(name, UNITS, n=1, cutoff=0.8):
+            if not is_theirs(unit):
+                report(name, unit)
 
 
 def can_lend(theirs, ours):
@@ -3627,8 +3646,10 @@ def grade_file(path, required):
     """Print what is right and what is wrong. Returns the exit code and a summary."""
     ast.parse(Path(path).read_bytes(), str(path))  # a SyntaxError names the line
     in_file = run_in_process(find_units, path)
-    for words in [in_file[name] for name in in_file if name not in UNITS]:
-        raise ValueError(f"{path} cannot be imported: {' '.join(words.split())}")
+    for name in {"import", "the file"} & in_file.keys():
+        raise ValueError(f"{path} cannot be imported: {' '.join(in_file[name].split())}")
+    for name in sorted(in_file.keys() - UNITS.keys()):
+        print(f"{name:<22}is no unit; did you mean {in_file.pop(name)}?")
     if not in_file:
         print(f"{path} defines none of the units; `units` lists them")
     passed = {unit: None for unit in required if unit not in in_file}
