@@ -1113,10 +1113,12 @@ def test_a_number_is_read_whole_and_between_its_words(template, reply, score):
 
 @grades("RewardConfig.parse")
 @pytest.mark.parametrize("reply, score", [("Score: 4", 2.0), ("half", 0.5), ("negative", None),
-                                          ("", None), ("nan", None), ("inf", None)])
+                                          ("", None), ("nan", None), ("inf", None),
+                                          ("Score: 3", None), ("Score: 1", 0.0)])
 def test_your_own_parser_replaces_the_template(reply, score):
     """parse_reward replaces the template; the range holds for it, and inf and NaN are no score."""
-    parser = {"Score: 4": 2.0, "half": 0.5, "negative": -1.0, "nan": NAN, "inf": INF}.get
+    parser = {"Score: 4": 2.0, "half": 0.5, "negative": -1.0, "nan": NAN, "inf": INF,
+              "Score: 1": 0.0}.get  # and None for "Score: 3", which the template could read
     config = dataclasses.replace(SCORE, parse_reward=parser, reward_range=(0, INF))
     is_read_as(config, reply, score)
 
