@@ -2,11 +2,11 @@ r"""Self-Rewarding Language Models: the whole training loop in one file.
 
 A language model writes several answers to each prompt, grades them itself, and is trained to raise
 the probability of the answer it graded best, relative to the one it graded worst. Repeated, this
-makes its answers better than the demonstrations it learned from, as long as it puts two answers in
-the right order more often than in the wrong one.
+makes its answers better than the demonstrations it learned from, provided that it puts two answers
+in the right order clearly more often than in the wrong one.
 
     M0   stands in for a pretrained model: trained from random weights on demonstrations, to predict
-         prompts and answers alike
+         every token of prompts and answers (the others learn answers alone)
     M1   M0 after supervised fine-tuning (SFT) on demonstrations and on judging data: answers with
          the verdicts of a program
     M2   M1 after DPO (section 5: a loss on pairs of answers) on pairs that M1 wrote and graded
@@ -21,14 +21,14 @@ closely the policy is tied to it:
     for each round:                                                      # M2, M3      section 9
         for each prompt:                                                 #             section 7
             answers = sample(model, the prompt, n_candidates times)      # write       section 4
-            rewards = judge(model, a judge prompt, the prompt, answers)      # judge   section 6
+            rewards = judge(model, reward_config, the prompt, answers)       # judge   section 6
             chosen, rejected = answers at pick_best_worst(rewards)       # pair
         for each pair, under the model as it is now:                     # freeze the reference
             ref_chosen   = sequence_logprobs(model, prompt + chosen)     # log p(chosen | prompt)
             ref_rejected = sequence_logprobs(model, prompt + rejected)   #             section 5
         for each batch of pairs:                                         # minimise    section 8
             policy_chosen, policy_rejected = the same for the batch, with gradients
-            losses = dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=1)[0]
+            losses = dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=1)
             loss = mean(losses - 0.1 policy_chosen) + 4 sft_loss(a batch of judging data)
             one step of AdamW
 
@@ -128,13 +128,14 @@ class LetterTask:
     >>> task.verdict("sort dbca", "Sure: abdc.")
     '11101 = 4'
 
-    LetterWorld, in section 12, adds the data: prompts; sloppy demonstrations (mean true score 3);
-    and the judging data, which are answers of every quality with their verdicts.
+    LetterWorld, in section 12, adds the data: prompts; demonstrations, which are sloppy (letters
+    swapped, lost or inserted, and often no "Sure: " or no "."; their mean true score is 3); and the
+    judging data, which are answers of every quality, nonsense such as "0=c:" too, with verdicts.
     """
 
     POINTS = ("polite", "relevant", "complete", "ordered", "full stop")
     CHAT_TEMPLATE = "> {{ prompt }}\n"  # what the model sees before it answers: "> sort dbca\n"
-    JUDGE: RewardConfig  # set in section 6: asks for a verdict, "? sort dbca\nSure: abcd.\n"
+    JUDGE: RewardConfig  # set in section 6; its judge prompts: "? sort dbca\nSure: abcd.\n"
     max_new_tokens = 16  # of an answer: "Sure: ", up to 8 letters, ".", and a token for the end
     letters = "abcdefgh"
 
@@ -146,7 +147,7 @@ class LetterTask:
         """
         name, _, letters = prompt.partition(" ")
         is_known = name in INSTRUCTIONS and set(letters) <= set(self.letters)
-        are_different = len(set(letters)) == len(letters) > 1
+        are_different = len(letters) > 1 and len(set(letters)) == len(letters)
         require(is_known and are_different, f"{prompt!r} is not one of {', '.join(INSTRUCTIONS)} "
                 f"and two or more different letters of {self.letters}")
         return INSTRUCTIONS[name](letters)
@@ -179,8 +180,6 @@ class LetterTask:
 EOS = 256  # end of sequence: the model has finished its answer; no text contains this id
 VOCAB_SIZE = 257
 PAD = -1  # not a token: marks the empty places of a batch; replaced before any model sees them
-# sample() and the functions of section 5 have an argument pad_id=PAD: tensors that other code has
-# padded may use another id.
 
 
 def encode(text):
@@ -237,7 +236,7 @@ class TextFormat:
     (tensor([ 62,  32, 104, 105,  58, 121, 111, 256]), 5)
     """
 
-    # The first two fields are functions, by default encode() and decode() above.
+    # The first two fields hold functions of one argument; the defaults stand above.
     encode: Callable[[str], Sequence[int] | Tensor] = encode
     decode: Callable[[Tensor], str] = decode
     chat_template: str = "{{ prompt }}"
@@ -300,7 +299,7 @@ class ModelConfig:
                 f"of 2 * heads={2 * self.heads}, because Block rotates pairs of features")
 
 
-def rotate(x, rotations):
+def apply_rope(x, rotations):
     """Rotary position embedding, RoPE (arXiv:2104.09864): (..., T, D/H) -> (..., T, D/H).
 
     Two neighbouring features are one complex number. At position t it is multiplied by e^(i t w),
@@ -312,7 +311,7 @@ def rotate(x, rotations):
     so positions enter by their distance s - t alone.
 
     >>> quarter_turn = torch.tensor([[[0.0, 1.0]]])        # 1 position, 1 pair: cos and sin of 90
-    >>> rotate(torch.tensor([[3.0, 4.0]]), quarter_turn)   # (3 + 4i) i
+    >>> apply_rope(torch.tensor([[3.0, 4.0]]), quarter_turn)   # (3 + 4i) i
     tensor([[-4.,  3.]])
     """
     precise = torch.promote_types(x.dtype, torch.float32)  # bfloat16 has no complex numbers
@@ -324,7 +323,7 @@ def rotate(x, rotations):
 class Block(nn.Module):
     """Attention, then an MLP. Each reads a normalised copy of x and adds its result to x.
 
-    x (B, T, D) -> (B, T, D). For rotations see rotate().
+    x (B, T, D) -> (B, T, D). For rotations see apply_rope().
 
     >>> block = Block(ModelConfig(dim=8, heads=4))         # one pair of features per head
     >>> block(torch.zeros(1, 3, 8), rotations=torch.zeros(3, 1, 2)).shape
@@ -346,7 +345,7 @@ class Block(nn.Module):
         qkv = self.to_qkv(self.attention_norm(x))  # (B, T, 3D)
         qkv = rearrange(qkv, "b t (n h d) -> n b h t d", n=3, h=self.heads)  # (3, B, H, T, D/H)
         q, k, v = qkv  # (B, H, T, D/H) each
-        q, k = rotate(q, rotations), rotate(k, rotations)
+        q, k = apply_rope(q, rotations), apply_rope(k, rotations)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D/H)
         x = x + self.to_out(rearrange(attended, "b h t d -> b t (h d)"))
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
@@ -371,7 +370,7 @@ class Transformer(nn.Module):
         self.to_logits = nn.Linear(config.dim, config.vocab_size, bias=False)
         for name, weight in self.named_parameters():
             if weight.ndim == 2:  # the norms keep their gain of 1
-                std = weight.shape[1] ** -0.5  # 1 / sqrt(number of inputs), or of D for embedding
+                std = weight.shape[1] ** -0.5  # 1 / sqrt(number of inputs); embedding: 1 / sqrt(D)
                 if name.endswith(("to_out.weight", "down.weight")):
                     std /= (2 * config.depth) ** 0.5  # x is a sum of 2 * depth outputs; as in GPT-2
                 nn.init.normal_(weight, std=std, generator=generator)
@@ -439,9 +438,9 @@ def top_p(logits, p):
     mass_before = probs.cumsum(-1) - probs  # probability of all more likely tokens together
     excluded = mass_before >= p  # the more likely tokens already reach p
     excluded[..., 0] = False
-    # excluded[b, i] is about token order[b, i]; put it at that token's place.
-    excluded = torch.zeros_like(excluded).scatter(-1, order, excluded)
-    return logits.masked_fill(excluded, -math.inf)
+    # excluded[b, i] is about token order[b, i]; by_token puts it at that token's place.
+    by_token = torch.zeros_like(excluded).scatter(-1, order, excluded)
+    return logits.masked_fill(by_token, -math.inf)
 
 
 def last_logits(model, ids):
@@ -474,7 +473,8 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
     """Continue each prompt; return the NEW tokens of each, EOS included.
 
     prompts: 1-D rows of any lengths, without padding, or a (B, T) tensor padded with pad_id on
-    either side. (Between two tokens, pad_id is itself a token.) logit_filter: (B, V) -> (B, V).
+    either side. Only the runs of pad_id at the ends of a row are padding; elsewhere it is a token.
+    logit_filter: (B, V) -> (B, V).
     A token is drawn from softmax(logit_filter(logits / temperature)); temperature=0 takes the most
     likely one of logit_filter(logits). Generation of a row stops at EOS (unless eos_id=None), after
     max_new_tokens, or when prompt and answer together have the model's max_seq_len tokens.
@@ -515,12 +515,12 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
             if temperature == 0:
                 tokens = logits.argmax(-1)
             else:
-                # The first token whose cumulative probability exceeds the row's uniform number,
-                # which is scaled because the last cumulative probability is 1 only up to rounding.
+                # The first token whose cumulative probability exceeds the row's uniform number.
                 # (With torch.multinomial the draws of a row would depend on the other rows.)
-                precise = torch.float32 if ids.device.type == "mps" else torch.float64
-                cumulative = logits.to(precise).softmax(-1).cumsum(-1)  # (active rows, V)
-                level = uniform[active, step, None].to(precise) * cumulative[:, -1:]  # (rows, 1)
+                is_apple = ids.device.type == "mps"  # Apple's GPU, which has no float64
+                probs = logits.to(torch.float32 if is_apple else torch.float64).softmax(-1)
+                cumulative = probs.cumsum(-1)  # (active rows, V); the last is 1 up to rounding
+                level = uniform[active, step].unsqueeze(1).to(probs.dtype) * cumulative[:, -1:]
                 tokens = torch.searchsorted(cumulative, level, right=True).squeeze(1)
             ids[active, lengths[active]] = tokens
             lengths[active] += 1
@@ -530,8 +530,8 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
             active = active[unfinished]  # finished rows leave the batch
             if len(active) == 0:
                 break
-    ends = zip(prompts, ids.cpu(), lengths.tolist())
-    return [row[len(prompt) : end].clone() for prompt, row, end in ends]
+    return [row[len(prompt) : end].clone()
+            for prompt, row, end in zip(prompts, ids.cpu(), lengths.tolist())]
 
 
 def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=None):
@@ -562,8 +562,9 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 #     max_pi  sum over y of [ pi(y|x) r(x, y) - beta pi(y|x) log( pi(y|x) / ref(y|x) ) ]
 #
 # The sum of pi log(pi / ref) is the KL divergence, a measure of how far pi is from ref. The pi(y|x)
-# must add up to 1 over y. So add m(x) (1 - sum of pi) to the goal, with a number m(x) still to be
-# found (a Lagrange multiplier), and set the derivative with respect to each pi(y|x) to zero:
+# must add up to 1 over y. So add m(x) (1 - sum of pi) to the goal, which is 0 if they do, with a
+# number m(x) still to be found (a Lagrange multiplier). Treat each pi(y|x) as a number of its own,
+# and set the derivative with respect to it to zero:
 #
 #     r(x, y) - beta (log( pi(y|x) / ref(y|x) ) + 1) - m(x) = 0
 #
@@ -575,14 +576,15 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 #
 # Now take any policy pi, even the one in training, and put r = beta log(pi / ref) into the formula
 # for the optimum: it gives back pi, with Z = 1. So every policy is the optimum for a reward of its
-# own, its IMPLICIT REWARD. (Adding one number to the rewards of all responses to x changes neither
-# the optimum nor any difference of rewards, only Z. So nothing is lost by choosing Z = 1.)
+# own, its IMPLICIT REWARD. (With one number added for all responses to x, a reward has the same
+# optimum and the same differences between responses; only Z changes. We take the one with Z = 1.)
 #
 # The usual way (RLHF) fits a reward to the preferences, and then searches for its optimal policy.
-# DPO changes pi until its implicit reward fits the preferences, and no search is left. What "fits"
-# means is said by the Bradley-Terry model, which turns a reward into a prediction: y1 is preferred
-# to y2 with probability sigmoid(r(x, y1) - r(x, y2)). The loss is minus the log of this probability
-# where y1 is the chosen response and y2 the rejected one:
+# DPO changes pi until its implicit reward fits the preferences. No search is left, because pi is
+# the optimum for that reward already. What "fits" means is said by the Bradley-Terry model, which
+# turns a reward into a prediction: y1 is preferred to y2 with probability
+# sigmoid(r(x, y1) - r(x, y2)). The loss is minus the log of this probability where y1 is the chosen
+# response and y2 the rejected one:
 #
 #     -log sigmoid( beta log( pi(y1|x) / ref(y1|x) ) - beta log( pi(y2|x) / ref(y2|x) ) )
 #
@@ -597,7 +599,7 @@ def row_lengths(ids, pad_id):
     tensor([2])
     """
     number = torch.arange(1, ids.shape[1] + 1, device=ids.device)  # (T,), 1 to T
-    return ((ids != pad_id) * number).amax(dim=1)  # the number of the last token
+    return ((ids != pad_id) * number).amax(dim=1)  # that of the last token; padding counts 0
 
 
 def token_logprobs(model, ids, pad_id=PAD):
@@ -614,6 +616,7 @@ def token_logprobs(model, ids, pad_id=PAD):
     ids = ids.masked_fill(place >= row_lengths(ids, pad_id)[:, None], 0)
     logits = model(ids[:, :-1])  # (B, T-1, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # Cross-entropy is the negative log-likelihood of the token that follows.
     nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return -nll.view(len(ids), -1)
 
@@ -655,7 +658,8 @@ def sft_loss(model, ids, prompt_lens, pad_id=PAD):
     """Supervised fine-tuning: mean of -log p over all response tokens of a batch; scalar, in nats.
 
     The mean is over tokens and not over rows. It is zero, with zero gradient, if no row has a
-    response. (Training, in section 8, divides the same sum by the same count, never 0 there.)
+    response. (Training, in section 8, divides the same sum by the same count; there every item has
+    a response.)
 
     >>> uniform = lambda ids: torch.zeros(*ids.shape, VOCAB_SIZE)
     >>> sft_loss(uniform, torch.tensor([[5, 6, 7, EOS, PAD]]), torch.tensor([2]))     # ln 257
@@ -673,7 +677,8 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta=0
 
     Returns (losses, rewards of the chosen, rewards of the rejected), the rewards detached. If the
     policy equals the reference, the loss is log 2. Larger beta keeps the policy closer to the
-    reference. Only the difference of the rewards counts: log pi(chosen) may fall, if
+    reference: the loss then fades after a smaller change of log pi. (beta is 0.1 in [1], and 1 in
+    the recipe.) Only the difference of the rewards counts: log pi(chosen) may fall, if
     log pi(rejected) falls more.
 
     >>> logp = torch.tensor
@@ -709,7 +714,7 @@ def spin_loss(policy_real, policy_generated, opponent_real, opponent_generated, 
 class RewardConfig:
     """How to ask a judge for a score, and how to read the score from its reply.
 
-    prompt_template: the judge prompt, with {{ prompt }} and {{ response }}.
+    prompt_template: the template of the judge prompt, with {{ prompt }} and {{ response }}.
     reward_regex_template: what a verdict looks like: literal text with one {{ reward }}. (Despite
     the name, it is not a regular expression.)
     parse_reward: your own function from a reply to a score or None, instead of that template.
@@ -732,7 +737,7 @@ class RewardConfig:
             verdict = self.reward_regex_template or ""
             check_template("reward_regex_template", verdict, {"reward"})
             require(len(_VARIABLE.findall(verdict)) == 1,
-                    f"the reward_regex_template {verdict!r} has more than one {{{{ reward }}}}")
+                    f"the reward_regex_template {verdict!r} has its variable more than once")
 
     def render(self, prompt, response):
         """The judge prompt for one response."""
@@ -759,7 +764,7 @@ class RewardConfig:
 # For a real chat model: put your model's chat format into this template, around the text. It asks
 # for points to be added up, as in [1]. Before any training to judge, the model of [1] agreed with
 # people on 65 % of the pairs of answers that way, and far less often when it was asked to choose
-# the one of five descriptions that fits the answer.
+# one of five descriptions of quality.
 DEFAULT_REWARD_CONFIG = RewardConfig(
     prompt_template="""
     Below are a user's request and an assistant's answer. Grade the answer by adding up points,
@@ -922,7 +927,7 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
     # parallel_map is a lazy map(); with several processes each does a share of the chunks.
     made = parallel_map(write_reward_and_pick, list(enumerate(chunks)), "writing, judging")
     # Collect the pairs, up to n_pairs, and count the outcomes. The last two arguments are for the
-    # message of an error: where the pairs should have come from, and the judge to be quoted.
+    # message of an error, which quotes the last replies of a judge.
     source = f"{len(prompts)} prompts with {n_candidates} candidates each"
     return counted_pairs(made, n_pairs, source, reward_fn)
 
@@ -958,7 +963,8 @@ def collate(items, device):
 
 
 def sft_objective(items, weight=1.0):
-    """The two parts of sft_loss: the sum of -log p over the response tokens, and their number.
+    """An Objective: sft_loss in two parts, the sum of -log p over the response tokens, and their
+    number.
 
     >>> model = Transformer(ModelConfig(dim=8, depth=1))
     >>> items = [(torch.tensor([5, 6, 7]), 1)]
@@ -975,7 +981,7 @@ def sft_objective(items, weight=1.0):
 def pair_logprobs(model, pairs):
     """log p(chosen | prompt) and log p(rejected | prompt) of each pair: (B,) each, in nats.
 
-    >>> uniform = nn.Embedding.from_pretrained(torch.zeros(257, 257))  # maps each id to 257 logits
+    >>> uniform = nn.Embedding.from_pretrained(torch.zeros(257, 257))  # ids -> 257 logits each, 0
     >>> pair = PreferencePair(prompt=torch.tensor([7]), chosen=torch.tensor([8]),
     ...                       rejected=torch.tensor([9]))
     >>> pair_logprobs(uniform, [pair])                                     # ln(1/257) each
@@ -1021,9 +1027,9 @@ def preference_objective(pairs, loss_fn, nll_weight=0.0):
 def with_reference_logprobs(model, pairs):
     """Freeze the reference: fill in ref_chosen and ref_rejected, under the model as it is now.
 
-    DPO needs nothing else of its reference, so no second model is kept. Pairs are sorted by length
-    and go through the model in pieces of about 4,096 tokens, because the logits of a piece take V
-    numbers per token. The pairs come back sorted; fit shuffles them anyway.
+    DPO needs nothing else of its reference, so no second model is kept. pieces_by_tokens sorts the
+    pairs by length and cuts them into pieces of about 4,096 tokens, because the logits of a piece
+    take V numbers per token. The pairs come back sorted; fit shuffles them anyway.
 
     >>> uniform = nn.Embedding.from_pretrained(torch.zeros(257, 257))
     >>> pair = PreferencePair(*torch.tensor([[7], [8], [9]]))
@@ -1084,7 +1090,7 @@ class StageConfig:
     checkpoint_every: int | None = None  # updates between checkpoints; None: only one, at the end
     replay_dataset: Any = None  # items (ids, prompt_len) mixed into each update; section 11
     replay_weight: float = 1.0  # weight of their sft_loss
-    # Early stopping, which the recipe does not use:
+    # Early stopping, which the recipe of section 11 does not use:
     eval_fn: Callable[[nn.Module], Any] | None = None  # the weights with its best value are kept
     eval_every: int = 50  # updates between evaluations; 200 in [1]
     eval_mode: str = "max"  # is the best value the largest ("max") or the smallest ("min")?
@@ -1390,10 +1396,13 @@ def judging_metrics(truth, judged):
     0.6666666666666666
     """
     # true_sign[p, i, j] is 1, 0 or -1: is answer i to prompt p better than, as good as, or worse
-    # than answer j? The sum of true_sign * judged_sign counts pairs in the right order minus pairs
-    # in the wrong order. Kendall's tau-b divides it by the lengths of both, so it is their cosine.
-    # The sums of the signs over j are ranks: scores 1, 2, 3 give -2, 0, 2, with mean 0. Spearman's
-    # correlation is the ordinary one, of ranks; and that of numbers with mean 0 is their cosine.
+    # than answer j?
+    #
+    # Kendall: the sum of true_sign * judged_sign counts pairs in the right order minus pairs in the
+    # wrong order. tau-b divides it by the lengths of the two sign vectors: that is their cosine.
+    #
+    # Spearman: the correlation of ranks. The signs summed over j are ranks with mean 0 (the scores
+    # 1, 2, 3 give -2, 0, 2), and the correlation of two lists with mean 0 is their cosine.
     true_sign, judged_sign = (np.nan_to_num(np.sign(x[:, :, None] - x[:, None, :]))
                               for x in (truth, judged))
 
@@ -1427,7 +1436,8 @@ def head_to_head(scores, others):
 
 def measure(model, world, text, graded_answers, previous_scores):
     """What is measured after each stage: how well a model writes, and how well it judges.
-    oracle_score, oracle_greedy: mean true score of drawn answers and of answers at temperature 0;
+    oracle_score, oracle_greedy: mean true score (the program is the oracle) of drawn answers and of
+    answers at temperature 0;
     perfect_rate: share of drawn answers with 5; self_score: mean score that the model gives them;
     and judging_metrics of graded_answers.
 
@@ -1484,12 +1494,13 @@ def measure(model, world, text, graded_answers, previous_scores):
 # forgets how to judge, and its rewards become noise. So later stages rehearse the judging data of
 # M1, whose verdicts a program wrote. Still, all rewards come from the model itself.
 #
-# train() in section 18 puts this together, with files and a table. In outline, where m0 is a copy
-# of the model after the first stage:
+# train() in section 18 puts this together, with files and a table. In outline:
+#     text = TextFormat(chat_template=world.CHAT_TEMPLATE)
 #     demonstrations = world.demonstrations(recipe.demonstrations)
-#     make_judgements = lambda: world.judgements(recipe.judgements, m0, recipe.tidy)
+#     make_judgements = lambda: world.judgements(recipe.judgements, m0, recipe.tidy)  # called later
 #     stages = recipe_stages(recipe, world, demonstrations, make_judgements)
 #     for record in run_stages(model, stages, Context(text, {"default": world.JUDGE}, seed)):
+#         m0 = a copy of the model, if this was the first stage
 #         measure(model, world, text, world.graded_answers(m0), the scores of the model before)
 
 
@@ -1505,8 +1516,8 @@ def setting(default, quick, reason):
 @dataclass(frozen=True)
 class Recipe:
     """The numbers of the recipe, each with a flag on the command line. Settings of a stage or of
-    the model that are not listed here keep their defaults from sections 3, 8 and 9, except that the
-    world limits the tokens of an answer."""
+    the model that are not listed here keep their defaults from sections 3, 8 and 9, except for the
+    limits of tokens of answers and verdicts."""
 
     # name                        default  quick  what it is, and why this value
     stages: str = setting("sft,self,self", None, "stages after M0: sft, self, spin, external")
@@ -1526,7 +1537,7 @@ class Recipe:
     judgements: int = setting(12000, 1500, "number of judgements; 1,630 in [1], for 70B")
     stage_prompts: int = setting(1000, 96, "prompts for a later stage; about 950 give a pair")
     eval_prompts: int = setting(200, 40, "held-out prompts, with five answers to each")
-    tidy: bool = setting(False, None, "no nonsense in the judging data; the judge falls for it")
+    tidy: bool = setting(False, None, "judging data without nonsense: the judge then overrates it")
 
 
 def recipe_stages(recipe, world, demonstrations, make_judgements):

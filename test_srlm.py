@@ -1636,7 +1636,7 @@ NO_TEMPLATES = [
                               (BOTH + "{{ d }}{{ c }}", ["c", "d", "prompt", "response"]))),
     *((BOTH, verdict, HAS % (verdict, found, ["reward"]))
       for verdict, found in (("Score", []), ("{{ reward }}{{ prompt }}", ["prompt", "reward"]))),
-    (BOTH, "{{ reward }}{{ reward }}", "'{{ reward }}{{ reward }}' has more than one")]
+    (BOTH, "{{ reward }}{{ reward }}", "'{{ reward }}{{ reward }}' has its variable more than once")]
 NO_REWARDS = [lambda x: x[:1], lambda x: torch.zeros(len(x), 2), lambda x: None, lambda x: "abc",
               lambda x: torch.tensor(x)[None]]
 NO_PICKS = [(-1, 0), (0, -1), (0, 4), (4, 0), (1, 1), (-4, -1), 3, (0, 1, 2), ("a", "b"), (0.5, 1),
@@ -3742,7 +3742,7 @@ FAULTS = r"""
 -            found = model(piece)[torch.arange(len(n), device=n.device), n - 1]
 +            found = model(piece)[:, -1]
 @@ 5 tokens that look like padding vanish: test_a_pad_id_inside_a_row_is_a_token_like_any_other
--    return ((ids != pad_id) * number).amax(dim=1)  # the number of the last token
+-    return ((ids != pad_id) * number).amax(dim=1)  # that of the last token; padding counts 0
 +    return (ids != pad_id).sum(dim=1)
 @@ 6 the reference follows the model: test_the_reference_is_the_model_as_the_stage_begins
 -        ref_chosen = chosen.new_tensor([pair.ref_chosen for pair in batch])
