@@ -24,8 +24,7 @@ import re
 import time
 import types
 import warnings
-from collections import defaultdict
-from typing import NamedTuple
+from collections import defaultdict, namedtuple
 from unittest import mock
 
 import numpy as np
@@ -606,9 +605,10 @@ def test_drawn_frequencies_match_the_softmax(logit_filter, temperature):
     close(torch.bincount(pairs, minlength=25) / n, expected.flatten(), 0.07,
           of="the share of each of the 25 pairs of tokens")
     flat = nn.Embedding.from_pretrained(torch.tensor([0.5] + [0.0025] * 200).log().repeat(201, 1))
-    rows = torch.cat(srlm.sample(flat, [[1]] * n, max_new_tokens=1, eos_id=0, generator=generator(0)))
+    how = dict(max_new_tokens=1, eos_id=0, generator=generator(0))
+    rows = torch.cat(srlm.sample(flat, [[1]] * n, **how))
     shares = [(rows == 0).float().mean(), (rows > 160).float().mean()]
-    close(shares, [0.5, 0.1], 0.07, of="the shares of EOS with p = 0.5, and of 40 tokens with 0.0025")
+    close(shares, [0.5, 0.1], 0.07, of="shares of EOS with p = 0.5, and of 40 tokens with 0.0025")
 
 
 REFUSED = [([[1], []], {}, "prompt 1: 0 tokens"), ([[1] * 6], {}, "prompt 0: 6 tokens.*6"),
@@ -673,16 +673,14 @@ def test_every_module_gets_its_own_mode_back(factor, calls):
     assert [module.training for module in model.modules()] == [True, False, True]
 
 
-def test_the_generator_is_the_only_source_of_chance():
-    """Equal generators give equal draws, other ones others, of all bytes and EOS, but never PAD."""
+def test_all_bytes_and_eos_are_drawn_but_never_pad():
+    """A new model draws every byte and EOS and no other id; the temperature is 1 by default."""
     model = srlm.Transformer(srlm.ModelConfig(dim=8, depth=1, max_seq_len=64), generator(0))
     model.to_logits.weight.data *= 0.1  # all ids are about equally likely
-    draw = lambda seed, **how: torch.stack(srlm.sample(
-        model, [[1]] * 300, max_new_tokens=40, eos_id=None, generator=generator(seed), **how))
-    one = draw(1)
-    same(draw(1, temperature=1.0), one)
-    assert not one.equal(draw(2)) and not one[0].equal(one[2])
-    assert one.unique().tolist() == [*range(257)] == [*range(len(model.embedding.weight))]
+    draw = lambda **how: torch.stack(srlm.sample(
+        model, [[1]] * 300, max_new_tokens=40, eos_id=None, generator=generator(1), **how))
+    same(draw(temperature=1.0), draw())
+    assert draw().unique().tolist() == [*range(257)] == [*range(len(model.embedding.weight))]
 
 
 @pytest.mark.parametrize("noise, token", [(0.0, 1), (1 - 2**-24, 3)])
@@ -700,12 +698,7 @@ def test_the_ends_of_the_noise_draw_what_may_be_drawn(noise, token, monkeypatch)
 # 4. Log-probabilities and losses ------------------------------------------------------------------
 
 OUTSIDE = st.sampled_from([-1, 7, 257])  # values of pad_id that are no token of the rows below
-
-
-class Batch(NamedTuple):
-    rows: list
-    prompt_lens: list
-    model: HashModel
+Batch = namedtuple("Batch", "rows prompt_lens model")
 
 
 @st.composite
@@ -952,30 +945,6 @@ def test_a_stage_freezes_its_reference_in_pieces_of_4096_tokens(kind):
     assert len(found) == len(pairs) or kind == "external-reward"
     for pair in found:
         close(pair[5:], torch.cat(srlm.pair_logprobs(model, [pair])), 1e-4)  # the reference's log p
-
-
-class Apple(TorchFunctionMode):
-    """The CPU in the clothes of Apple's GPU: the same device name, and no float64."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function == torch.Tensor.device.__get__:
-            return torch.device("mps")
-        real = lambda x: torch.device("cpu") if isinstance(x, torch.device) else x
-        kwargs = {key: real(value) for key, value in (kwargs or {}).items()}
-        found = function(*map(real, args), **kwargs)
-        if isinstance(found, torch.Tensor) and found.dtype == torch.float64:
-            raise TypeError("Cannot convert a MPS Tensor to float64")
-        return found
-
-
-def test_all_stages_run_where_there_is_no_float64():
-    """All stages write, judge and train on a device without float64, such as an Apple GPU."""
-    model = srlm.Transformer(srlm.ModelConfig(9, 8, 1, 1, 30), generator(0))
-    with Apple():
-        assert srlm.device_of(model).type == "mps"
-        for kind in KINDS:
-            record = stage(kind).run(model, srlm.Context(TEXT, {"default": JUDGE}))
-            assert math.isfinite(record["loss"])
 
 
 # 5. The judge -------------------------------------------------------------------------------------
@@ -1599,25 +1568,16 @@ def test_judging_metrics_by_hand(truth, judged, expected):
 
 
 @grades("head_to_head")
-@given(SEEDS)
-def test_head_to_head_counts_both_ways(seed):
-    """Wins, ties and losses are counted answer by answer, and swap with the models."""
-    one, two = np.random.default_rng(seed).integers(0, 3, size=(2, 4, 5))
+@given(SEEDS, st.integers(1, 4), st.integers(1, 5), st.sampled_from([1, 2]))
+@example(0, 1, 1, 1)
+def test_head_to_head_counts_both_ways(seed, prompts, n, parts):
+    """Each answer is won, tied or lost against its rival; shares of all, which swap with the models."""
+    one, two = np.random.default_rng(seed).integers(0, 3, size=(2, prompts, n)) / parts
     found, swapped = srlm.head_to_head(one, two), srlm.head_to_head(two.tolist(), one.tolist())
+    assert sorted(found) == ["lose", "tie", "win"]
     expected = [(one > two).mean(), (one == two).mean(), (one < two).mean()]
     close([found[key] for key in ("win", "tie", "lose")], expected, 1e-6, of="win, tie, lose")
     close([swapped[key] for key in ("lose", "tie", "win")], expected, 1e-6, of="lose, tie, win")
-
-
-@grades("head_to_head")
-@pytest.mark.parametrize("scores, others, expected", [
-    ([[5, 3]], [[4, 3]], [0.5, 0.5, 0.0]), ([[0, 0]], [[0, 0]], [0, 1, 0]),
-    ([[1.0], [2.0], [0.0]], [[0.5], [2.5], [1.0]], [1 / 3, 0, 2 / 3])])
-def test_head_to_head_by_hand(scores, others, expected):
-    """A tie is neither won nor lost, and the shares are of all answers."""
-    found = srlm.head_to_head(scores, others)
-    assert sorted(found) == ["lose", "tie", "win"]
-    close([found[key] for key in ("win", "tie", "lose")], expected, 1e-6, of="win, tie, lose")
 
 
 def reward_all(value):
@@ -1937,18 +1897,13 @@ NEW_NAMES = {"dpo_beta": "beta", "num_train_steps": "steps", "spin_λ": "lam"}  
     (["self-reward"], dict(prompt_dataset=["b", "c" * 20], max_judge_tokens=9), SHORT_MODEL,
      "prompt_dataset: item 1, .*: 2[0-9] tokens.*max_seq_len=20"),
     (["self-reward"], dict(reward_config="other"), dict(self_reward_prompt_config={"one": JUDGE}),
-     r"stage 0 \(self-reward\): .*'other'.*one")])
+     r"stage 0 \(self-reward\): .*'other'.*one"),
+    (["self-reward"], dict(prompt_dataset=WORDS * 1000), dict(self_reward_prompt_config=SCORE),
+     r"stage 0 \(self-reward\): .*no score to any .*16.*\[('[a-h]*',? ?){3}\]")])  # three replies
 def test_what_cannot_work_is_refused_before_any_work(kinds, fields, how, words):
-    """Old names, an impossible EOS, no logits, no room, or an unknown judge is refused."""
+    """Old names, an impossible EOS, no logits, no room, and an unknown or a useless judge."""
     for kind in kinds:
         assert re.search(words, refusal(lambda: [stage(kind, **fields)], **how))
-
-
-def test_a_judge_that_never_scores_is_quoted_and_named():
-    """If the first replies hold no score, the stage ends with an error that quotes replies."""
-    found = refusal(lambda: [stage("self-reward", prompt_dataset=WORDS * 1000)],
-                    self_reward_prompt_config=SCORE)
-    assert re.search(r"stage 0 \(self-reward\): .*no score to any .*16.*\[('[a-h]*',? ?){3}\]", found)
 
 
 @every_kind
@@ -2129,14 +2084,31 @@ def test_the_stages_of_the_paper(tmp_path):
             trainer(tmp_path, stages)
 
 
-def test_the_built_in_model_samples_and_trains_in_bfloat16():
-    """Stages of all kinds run in bfloat16, and leave the weights in it."""
-    config = srlm.ModelConfig(9, 8, 1, 1, 30)
-    model = srlm.Transformer(config, generator(0)).to(torch.bfloat16)
+class Apple(TorchFunctionMode):
+    """The CPU in the clothes of Apple's GPU: the same device name, and no float64."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function == torch.Tensor.device.__get__:
+            return torch.device("mps")
+        real = lambda x: torch.device("cpu") if isinstance(x, torch.device) else x
+        kwargs = {key: real(value) for key, value in (kwargs or {}).items()}
+        found = function(*map(real, args), **kwargs)
+        if isinstance(found, torch.Tensor) and found.dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64")
+        return found
+
+
+@pytest.mark.parametrize("where, device, dtype", [
+    (Apple, "mps", torch.float32), (contextlib.nullcontext, "cpu", torch.bfloat16)])
+def test_all_stages_run_without_float64_and_in_bfloat16(where, device, dtype):
+    """All stages write, judge and train in bfloat16, or on a device that lacks float64."""
+    model = srlm.Transformer(srlm.ModelConfig(9, 8, 1, 1, 30), generator(0)).to(dtype)
     before = weights(model)
-    records, after, _ = run([stage(kind, learning_rate=0.1) for kind in KINDS], model)
+    with where():
+        assert srlm.device_of(model).type == device
+        records, after, _ = run([stage(kind, learning_rate=0.1) for kind in KINDS], model)
     assert all(math.isfinite(record["loss"]) for record in records) and moved(before, after)
-    assert {weight.dtype for weight in after.values()} == {torch.bfloat16}
+    assert {weight.dtype for weight in after.values()} == {dtype}
 
 
 class PoliteWorld(srlm.LetterWorld):
@@ -2189,8 +2161,12 @@ every_data_field = pytest.mark.parametrize("kind, field, rows", [
 
 @every_data_field
 def test_the_form_of_a_data_set_does_not_matter(kind, field, rows):
-    """Lists, tuples, Datasets or functions, and ids of any integer type, train to the same bits."""
+    """Sequences, functions of the model, ids of any integer type, and pairs of texts as the rows of
+    a Hugging Face data set train to the same bits."""
     forms = [tuple(rows), Listed(rows), lambda model: Listed(rows)]
+    if rows is PAIRS:
+        forms += [[dict(zip(("prompt", "chosen", "rejected", "source"), row + ("x",)))
+                   for row in PAIRS]]
     if rows is ITEMS:
         forms += [[(ids.tolist(), n) for ids, n in ITEMS],
                   [(ids.numpy(), np.int64(n)) for ids, n in ITEMS],
@@ -2653,7 +2629,7 @@ def job(request, tmp_path_factory):
 
 read_rows = lambda path: srlm.read_jsonl(path, ["prompt", "score"])
 read_pairs = lambda path: srlm.load_pairs(path, TEXT)
-GOOD = '{"prompt": "a", "chosen": "b", "rejected": ""}'
+GOOD, GOOD_ROW = '{"prompt": "a", "chosen": "b", "rejected": ""}', '{"prompt": "a", "score": 1}'
 
 
 def test_saved_pairs_are_read_back(tmp_path):
@@ -2685,9 +2661,10 @@ def test_other_files_are_read(tmp_path):
     assert rows == [("ä", "b", 4.5), ("c", "d", 0)]
 
 
-@pytest.mark.parametrize("read, line, reason", [
+@pytest.mark.parametrize("read, content, reason", [  # a line that follows a good one, or a file
     *((read, *row) for read in (read_rows, read_pairs)
-      for row in (("{", "Expecting"), ("[1]", "not an object"))),
+      for row in (("{", "Expecting"), ("[1]", "not an object"),
+                  ("missing", ""), (b"\n\n", ""), (b'{"prompt": "\xff"}', ""))),
     (read_rows, '{"prompt": "a"}', r"fields are \['prompt'\], not"),
     (read_rows, '{"prompt": "a", "score": 1, "x": 1}', "fields are .*'x'.*, not"),
     (read_rows, '{"prompt": 3, "score": 1}', "prompt is 3"),
@@ -2697,22 +2674,16 @@ def test_other_files_are_read(tmp_path):
     (read_pairs, '{"prompt": "a"}', "chosen is None"),
     (read_pairs, GOOD.replace('""', "1"), "rejected is 1"),
     (read_pairs, GOOD.replace("}", ', "score_chosen": "x"}'), "could not .*'x'")])
-def test_an_error_in_a_file_names_file_line_and_reason(read, line, reason, tmp_path):
-    """A line that cannot be used is an error that says which file, which line, and why."""
-    good = '{"prompt": "a", "score": 1}' if read is read_rows else GOOD
-    (tmp_path / "bad.jsonl").write_text(f"{good}\n{line}\n")
-    with pytest.raises(ValueError, match=f"bad.jsonl, line 2: .*{reason}"):
-        read(tmp_path / "bad.jsonl")
-
-
-@pytest.mark.parametrize("read", [read_rows, read_pairs])
-@pytest.mark.parametrize("content", ["missing", b"\n\n", b'{"prompt": "\xff"}'])
-def test_a_file_without_a_line_is_refused(read, content, tmp_path):
-    """A file that is missing, empty, or not UTF-8 is an error that names it."""
-    if content != "missing":
-        (tmp_path / "bad.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match="bad.jsonl"):
-        read(tmp_path / "bad.jsonl")
+def test_an_error_in_a_file_names_file_line_and_reason(read, content, reason, tmp_path):
+    """A file that is missing, empty or not UTF-8 is named; of a bad line also number and reason."""
+    path, words = tmp_path / "bad.jsonl", "bad.jsonl"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content != "missing":
+        path.write_text(f"{GOOD_ROW if read is read_rows else GOOD}\n{content}\n")
+        words = f"bad.jsonl, line 2: .*{reason}"
+    with pytest.raises(ValueError, match=words):
+        read(path)
 
 
 SHORT = ("--base-steps 1 --sft-steps 1 --dpo-steps 1 --demonstrations 40 --judgements 8 "
@@ -2864,13 +2835,6 @@ def test_your_own_data_take_the_place_of_the_world(tmp_path, capsys):
         assert f"contents of {flag}" in refused(capsys, *argv, "--resume")
         path.write_text(before)
     assert "no preference pair" in refused(capsys, *argv, "--stages", "sft,self", "--resume")
-
-
-def test_pairs_of_texts_may_be_triples_or_dicts():
-    """A pair of texts is a triple, or a dict with its names, as a row of a Hugging Face data set is."""
-    row = dict(prompt="a", chosen="b", rejected="cd", source="x")
-    read = lambda entry: srlm.checked_data(srlm.DPOConfig(pair_dataset=[entry]), "pair_dataset", Tiny(), TEXT)
-    same([list(pair) for pair in read(row)], [list(pair) for pair in read(("a", "b", "cd"))])
 
 
 def test_the_held_out_loss_is_cut_by_tokens(tmp_path):
