@@ -22,9 +22,8 @@ import math
 import os
 import re
 import time
-import types
 import warnings
-from collections import defaultdict, namedtuple
+from collections import UserDict, defaultdict, namedtuple
 from unittest import mock
 
 import numpy as np
@@ -37,15 +36,14 @@ from torch.overrides import TorchFunctionMode
 
 import srlm
 
-_shared = dict(deadline=None, print_blob=True, derandomize="CI" in os.environ,
+dev = settings(max_examples=25, deadline=None, print_blob=True, derandomize="CI" in os.environ,
                suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("dev", max_examples=25, **_shared)
-settings.register_profile("thorough", max_examples=200, **_shared)
-_for_grading = dict(derandomize=True, print_blob=False, report_multiple_bugs=False,
-                    phases=(Phase.explicit, Phase.generate, Phase.shrink))
-settings.register_profile("grade", max_examples=25, **_shared | _for_grading)
-_for_faults = _for_grading | dict(phases=(Phase.explicit, Phase.generate))  # any failure will do
-settings.register_profile("faults", max_examples=25, **_shared | _for_faults)
+grading = settings(dev, derandomize=True, print_blob=False, report_multiple_bugs=False,
+                   phases=(Phase.explicit, Phase.generate, Phase.shrink))
+settings.register_profile("dev", dev)
+settings.register_profile("thorough", dev, max_examples=200)
+settings.register_profile("grade", grading)
+settings.register_profile("faults", grading, phases=(Phase.explicit, Phase.generate))
 settings.load_profile(os.environ.get("SRLM_PROFILE", "dev"))
 torch.set_num_threads(1)  # the tensors are tiny
 
@@ -338,7 +336,6 @@ def test_items_are_prompt_response_and_eos(prompt, response, suffix, ends):
         assert text.prompt_ids(prompt).tolist() == asked
         assert text.text(ids[n:]) == response and text.text(ids[:0]) == ""
     assert srlm.TextFormat().prompt_ids(prompt).tolist() == srlm.encode(prompt)  # no template
-    assert srlm.decode([-3, 257, *srlm.encode(prompt), 300]) == prompt  # what is no byte is dropped
 
 
 # 2. The model -------------------------------------------------------------------------------------
@@ -1590,15 +1587,14 @@ def reward_all(value):
 
 
 CRAMPED = limited(HashModel(5), 6)
-BOTH = "{{ prompt }}{{ response }}"
-HAS = "%r has the variables %r, not %r"
+BOTH, REWARD = "{{ prompt }}{{ response }}", "{{ reward }}"
 NO_TEMPLATES = [
-    *((template, "{{ reward }}", HAS % (template, found, ["prompt", "response"]))
-      for template, found in (("{{ prompt }}", ["prompt"]), ("{{ response }}", ["response"]),
-                              (BOTH + "{{ d }}{{ c }}", ["c", "d", "prompt", "response"]))),
-    *((BOTH, verdict, HAS % (verdict, found, ["reward"]))
-      for verdict, found in (("Score", []), ("{{ reward }}{{ prompt }}", ["prompt", "reward"]))),
-    (BOTH, "{{ reward }}{{ reward }}", "'{{ reward }}{{ reward }}' has more than one")]
+    ("{{ prompt }}", REWARD, "t }}' has the variables ['prompt'], not ['prompt', 'response']"),
+    ("{{ response }}", REWARD, "e }}' has the variables ['response'], not ['prompt', 'response']"),
+    (BOTH + "{{ b }}{{ a }}", REWARD, "has the variables ['a', 'b', 'prompt', 'response'], not"),
+    (BOTH, "Score", "'Score' has the variables [], not ['reward']"),
+    (BOTH, REWARD + "{{ a }}", "{{ a }}' has the variables ['a', 'reward'], not ['reward']"),
+    (BOTH, REWARD * 2, "'{{ reward }}{{ reward }}' has more than one")]
 NO_REWARDS = [lambda x: x[:1], lambda x: torch.zeros(len(x), 2), lambda x: None, lambda x: "abc",
               lambda x: torch.tensor(x)[None]]
 NO_PICKS = [(-1, 0), (0, -1), (0, 4), (4, 0), (1, 1), (-4, -1), 3, (0, 1, 2), ("a", "b"), (0.5, 1),
@@ -1658,9 +1654,7 @@ for name, function in list(globals().items()):
 # ==================================================================================================
 
 import argparse
-import ast
 import concurrent.futures
-import errno
 import functools
 import gc
 import importlib.util
@@ -2143,20 +2137,8 @@ def test_the_recipe_runs_in_a_world_of_ones_own(tmp_path, monkeypatch):
 
 # 10. Training data --------------------------------------------------------------------------------
 
-class Listed(torch.utils.data.Dataset):
-    """A torch Dataset: it has a length and an index, but no slices, and never raises IndexError."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        assert isinstance(index, int) and 0 <= index < len(self.rows), index
-        return self.rows[index]
-
-
+# A Dataset has a length and an index, but no slices, and need not raise IndexError: as this has.
+Listed = lambda rows: UserDict(enumerate(rows))
 every_data_field = pytest.mark.parametrize("kind, field, rows", [
     ("sft", "train_dataset", ITEMS), ("spin", "train_dataset", ITEMS),
     ("self-reward", "prompt_dataset", WORDS), ("external-reward", "prompt_dataset", WORDS),
@@ -2165,12 +2147,11 @@ every_data_field = pytest.mark.parametrize("kind, field, rows", [
 
 @every_data_field
 def test_the_form_of_a_data_set_does_not_matter(kind, field, rows):
-    """Sequences, functions of the model, ids of any integer type, and pairs of texts as the rows of
-    a Hugging Face data set train to the same bits."""
+    """Lists, Datasets, functions, ids of any integer type, dicts: all train to the same bits."""
     forms = [tuple(rows), Listed(rows), lambda model: Listed(rows)]
     if rows is PAIRS:
-        forms += [[dict(zip(("prompt", "chosen", "rejected", "source"), row + ("x",)))
-                   for row in PAIRS]]
+        names = "prompt", "chosen", "rejected", "source"  # as in a row of Hugging Face's
+        forms += [[dict(zip(names, (*row, "x"))) for row in PAIRS]]
     if rows is ITEMS:
         forms += [[(ids.tolist(), n) for ids, n in ITEMS],
                   [(ids.numpy(), np.int64(n)) for ids, n in ITEMS],
@@ -2389,7 +2370,7 @@ undisturbed = functools.cache(lambda: run(EVERY_KIND, evaluate=draw))
     ("evaluate", lambda model: None, None), ("evaluate", lambda model: 7, None),
     ("evaluate", lambda model: {"x": {1}}, r"stage \d \(.*\).*\{1\}.*JSON"),
     ("evaluate", lambda model: {(1, 2): 3}, r"stage \d \(.*\).*JSON"),
-    ("fsync", failing(OSError(errno.ENOSPC, "No space")), r"cannot write .*\.pt.*: .*No space")])
+    ("fsync", failing(OSError("No space left")), r"cannot write .*\.pt.*: .*No space")])
 @pytest.mark.filterwarnings("ignore:nothing to resume")
 def test_a_run_that_broke_off_resumes_to_the_same_bits(where, what, words, at, tmp_path):
     """A resume goes on after the last finished stage, and ends as if nothing had happened."""
@@ -2505,8 +2486,6 @@ def two_stages(folder, sft={}, later={}, **how):
 
 IDS, LENGTH = ITEMS[0]
 LISTED = Listed([(ids.tolist(), n) for ids, n in ITEMS])
-
-
 LATER_JUDGE = dataclasses.replace(JUDGE, prompt_template="{{ prompt }}b{{ response }}")
 
 
@@ -3194,8 +3173,7 @@ def train_until_one_dies():
 @posix
 def test_two_forked_processes_train_to_the_weights_of_one(tmp_path):
     """Two processes share each batch, evenly or not, and end with the weights of one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
 
     def work(rank):
@@ -3423,12 +3401,13 @@ class Reporter:
 QUICKLY = "-p no:cacheprovider -p no:unraisableexception -p no:threadexception --tb=no".split()
 
 
-def run_tests(report, profile, path, names, *options):
+def run_tests(report, profile, path, names):
     """Run tests of a file in this process; all of its tests if no names are given."""
     os.environ["SRLM_PROFILE"] = profile  # the same examples for everyone
     settings.load_profile(profile)
     tests = [f"{path}::{name}" for name in names] or [str(path)]
-    pytest.main([*QUICKLY, *options, *tests], plugins=[Reporter(report)])
+    no_words = ["--assert=plain"] if profile == "faults" else []  # which saves a second
+    pytest.main([*QUICKLY, *no_words, *tests], plugins=[Reporter(report)])
 
 
 def run_in_process(function, *arguments):
@@ -3539,7 +3518,7 @@ def find_units(report, path):
 
 def can_lend(theirs, ours):
     """Can srlm's function take the place of one in the reader's file, which it may call?"""
-    if not isinstance(theirs, types.FunctionType) or theirs.__closure__ or theirs is ours:
+    if not inspect.isfunction(theirs) or theirs.__closure__ or theirs is ours:
         return False
     return list(inspect.signature(theirs).parameters) == list(inspect.signature(ours).parameters)
 
@@ -3588,7 +3567,7 @@ def tried(otherwise, function, *arguments):
 
 def grade_file(path, required):
     """Print what is right and what is wrong. Returns the exit code and a summary."""
-    ast.parse(Path(path).read_bytes(), str(path))  # a SyntaxError names the line
+    compile(Path(path).read_bytes(), str(path), "exec")  # a SyntaxError names the line
     in_file = run_in_process(find_units, path)
     for words in [in_file[name] for name in in_file if name not in UNITS]:
         raise ValueError(f"{path} cannot be imported: {' '.join(words.split())}")
@@ -3777,8 +3756,7 @@ def run_on(report, folder, path, names=(), profile="faults"):
     for name in ("srlm", "test_srlm"):  # to be imported anew
         sys.modules.pop(name, None)
     importlib.import_module("srlm")  # before pytest puts the folder of the tests first
-    no_words = ["--assert=plain"] if profile == "faults" else []  # which saves a second
-    run_tests(report, profile, path, names, *no_words)
+    run_tests(report, profile, path, names)
 
 
 def plant(fault, path=None):
