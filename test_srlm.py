@@ -206,16 +206,15 @@ class Tiny(nn.Module):
 
 
 class Watched(nn.Module):
-    """A model that remembers the shapes and modes of its calls, and the rows that it trained on."""
+    """A model that remembers the shapes and modes of its calls."""
 
     def __init__(self, model):
         super().__init__()
-        self.model, self.shapes, self.modes, self.trained = model, [], [], []
+        self.model, self.shapes, self.modes = model, [], []
 
     def forward(self, ids):
         self.shapes.append(tuple(ids.shape))
         self.modes.append((self.training, torch.is_grad_enabled()))
-        self.trained += ids.tolist() if torch.is_grad_enabled() else []
         return self.model(ids)
 
 
@@ -1408,14 +1407,11 @@ def test_rewards_may_come_in_any_form():
 
 @given(SEEDS)
 def test_pairs_can_be_generated_twice(seed):
-    """A seed fixes the pairs, torch's generator keeps its state, and no tensors share storage."""
-    one = write(seed=seed)[0]
-    torch.rand(3)
-    state = torch.get_rng_state()
-    two, other = write(seed=seed)[0], write(seed=seed + 1)[0]
+    """A second call gives the same, torch's generator keeps its state, no tensors share storage."""
+    one, state = write(seed=seed)[0], torch.get_rng_state()
+    two = write(seed=seed)[0]
     same(torch.get_rng_state(), state)
     same([list(pair) for pair in two], [list(pair) for pair in one])
-    assert [pair.chosen.tolist() for pair in one] != [pair.chosen.tolist() for pair in other]
     rows = [ids for pair in one + two for ids in pair[:3]]
     assert len({ids.untyped_storage().data_ptr() for ids in rows}) == len(rows) > 9
     assert all(ids.untyped_storage().nbytes() == 8 * len(ids) for ids in rows)  # nor hold a batch
@@ -1514,21 +1510,6 @@ def test_judging_data_say_the_truth():
 
 # 8. Measuring -------------------------------------------------------------------------------------
 
-def judging_by_hand(truth, judged):
-    """Of one prompt, the numbers that each metric is the mean of, or NaN."""
-    # How each pair of scores compares: 1, -1, or 0 for a tie, as which NaN counts.
-    a, b = (np.array([[(x > y) - (x < y) for y in row] for x in row]) for row in (truth, judged))
-    hits = [(a[i, j] * b[i, j] + 1) / 2 for i in range(len(a)) for j in range(i) if a[i, j]]
-    top = max((x for x in judged if x == x), default=None)
-    is_best = top is not None and truth[judged.index(top)] == max(truth)
-    exact = [float(y == y and round(y) == x) for x, y in zip(truth, judged)]
-    with np.errstate(invalid="ignore"):  # if all scores are equal
-        spearman = np.corrcoef(a.sum(1), b.sum(1))[0, 1]  # a sum of signs is twice the rank
-        kendall = np.corrcoef(a.flatten(), b.flatten())[0, 1]
-    return {"judge_pairwise": hits, "judge_best5": [float(is_best)], "judge_exact": exact,
-            "judge_spearman": [spearman], "judge_kendall": [kendall]}
-
-
 @grades("judging_metrics")
 @given(SEEDS, st.integers(1, 5), st.integers(2, 6), st.sampled_from([0.0, 0.3]))
 def test_judging_metrics_are_what_the_loops_say(seed, prompts, n, silent):
@@ -1538,9 +1519,21 @@ def test_judging_metrics_are_what_the_loops_say(seed, prompts, n, silent):
     judged = rng.integers(0, 13, size=(prompts, n)) / 3
     judged[rng.random(judged.shape) < silent] = NAN
     found = srlm.judging_metrics(truth, judged)
-    by_hand = [judging_by_hand(*rows) for rows in zip(truth.tolist(), judged.tolist())]
-    for key in by_hand[0]:
-        values = [value for of_prompt in by_hand for value in of_prompt[key] if value == value]
+    by_hand = defaultdict(list)  # the numbers that each metric is the mean of, or NaN
+    for true, said in zip(truth.tolist(), judged.tolist()):
+        # How each pair of scores compares: 1, -1, or 0 for a tie, as which NaN counts.
+        a, b = (np.array([[(x > y) - (x < y) for y in row] for x in row]) for row in (true, said))
+        hits = [(a[i, j] * b[i, j] + 1) / 2 for i in range(n) for j in range(i) if a[i, j]]
+        by_hand["judge_pairwise"] += hits
+        top = max((x for x in said if x == x), default=None)
+        by_hand["judge_best5"] += [top is not None and true[said.index(top)] == max(true)]
+        by_hand["judge_exact"] += [y == y and round(y) == x for x, y in zip(true, said)]
+        with np.errstate(invalid="ignore"):  # if all scores are equal
+            ranks = np.corrcoef(a.sum(1), b.sum(1))  # a sum of signs is twice the rank
+            by_hand["judge_spearman"] += [ranks[0, 1]]
+            by_hand["judge_kendall"] += [np.corrcoef(a.flatten(), b.flatten())[0, 1]]
+    for key in by_hand:
+        values = [value for value in by_hand[key] if value == value]
         expected = np.mean(values) if values else None
         assert (found[key] is None) == (expected is None), f"{key}: {expected} | {found[key]}"
         close(found[key] or 0.0, expected or 0.0, 1e-5, of=key)
@@ -2035,18 +2028,15 @@ def test_at_most_one_copy_of_the_weights_is_alive(kind):
     assert counts == [4, 5, 5]
 
 
-class Listening(Tiny):
-    """Remembers the texts that it continues."""
-
-    heard = frozenset()
-
-    def next_token_logits(self, ids, lengths):
-        self.heard |= {DECODE(row[:length]) for row, length in zip(ids, lengths)}
-        return self(ids)[torch.arange(len(ids)), lengths - 1]
-
-
 def test_the_writer_sees_the_chat_template_and_the_judge_the_raw_prompt():
     """Each sees its own template, and draws as many texts, as long and filtered as fields say."""
+    class Listening(Tiny):
+        heard = frozenset()  # the texts that it has continued
+
+        def next_token_logits(self, ids, lengths):
+            self.heard |= {DECODE(row[:length]) for row, length in zip(ids, lengths)}
+            return self(ids)[torch.arange(len(ids)), lengths - 1]
+
     writer, judge, replies = Listening(), Listening(), []
     words = "|".join(WORDS[:4])  # the first four prompts, which give the two pairs asked for
     count = lambda reply: float(len(replies.append(reply) or replies))
@@ -2109,19 +2099,16 @@ def test_all_stages_run_without_float64_and_in_bfloat16(where, device, dtype):
     assert {weight.dtype for weight in after.values()} == {dtype}
 
 
-class PoliteWorld(srlm.LetterWorld):
-    """A world of one's own: say "ok!", not "ok", as half of the demonstrations do."""
-
-    CHAT_TEMPLATE, max_new_tokens = "{{ prompt }}>", 4
-    JUDGE = srlm.RewardConfig("{{ prompt }}?{{ response }}=", "{{ reward }}", None, (0, 5))
-    score = lambda self, prompt, response: {"ok!": 5, "ok": 3}.get(response, 0)
-    verdict = lambda self, prompt, response: str(self.score(prompt, response))
-    demonstrate = lambda self, prompt, rng: rng.choice(["ok", "ok!"])
-    make_up = lambda self, prompt, rng: rng.choice(["ok!", "ok", "o", "no", ""])
-
-
 def test_the_recipe_runs_in_a_world_of_ones_own(tmp_path, monkeypatch):
     """The recipe improves on the demonstrations of any world; no true score grades a pair."""
+    class PoliteWorld(srlm.LetterWorld):  # say "ok!", not "ok", as half of the demonstrations do
+        CHAT_TEMPLATE, max_new_tokens = "{{ prompt }}>", 4
+        JUDGE = srlm.RewardConfig("{{ prompt }}?{{ response }}=", "{{ reward }}", None, (0, 5))
+        score = lambda self, prompt, response: {"ok!": 5, "ok": 3}.get(response, 0)
+        verdict = lambda self, prompt, response: str(self.score(prompt, response))
+        demonstrate = lambda self, prompt, rng: rng.choice(["ok", "ok!"])
+        make_up = lambda self, prompt, rng: rng.choice(["ok!", "ok", "o", "no", ""])
+
     def generate(*args, generate=srlm.generate_preferences, **how):
         with mock.patch.object(PoliteWorld, "score", failing(AssertionError("score was asked"))):
             return generate(*args, **how)
@@ -2279,17 +2266,6 @@ def test_mock_data_sets():
 
 # 11. Early stopping and history -------------------------------------------------------------------
 
-def early_stopping_rule(values, mode, patience):
-    """How many values are looked at, and which is the first best one (None: all are NaN)."""
-    sign, best = (1 if mode == "max" else -1), None
-    for i, value in enumerate(values):
-        if not math.isnan(value) and (best is None or sign * value > sign * values[best]):
-            best = i
-        if patience == (i + 1 if best is None else i - best):
-            break
-    return i + 1, best
-
-
 @given(st.lists(st.sampled_from([NAN, -1, 0.0, 1, 2.5]), min_size=1, max_size=7),
        st.sampled_from(["max", "min"]), st.sampled_from([None, 1, 2, 3]), st.integers(1, 3),
        st.sampled_from([float, torch.tensor, lambda x: x]))
@@ -2301,7 +2277,12 @@ def test_early_stopping_follows_its_rule(values, mode, patience, every, form):
     (record,), trained, saved = run([stage(
         "sft", steps=every * len(values), eval_fn=evaluation, eval_every=every, eval_mode=mode,
         patience=patience)])
-    looks, best = early_stopping_rule(values, mode, patience)
+    sign, best = (1 if mode == "max" else -1), None  # the index of the first best one
+    for looks, value in enumerate(values, 1):
+        if value == value and (best is None or sign * value > sign * values[best]):
+            best = looks - 1
+        if patience == (looks if best is None else looks - 1 - best):
+            break
     assert len(seen) == looks and record["steps"] == every * looks
     same([trained, saved["0.sft.pt"]], [seen[-1 if best is None else best]] * 2)
 
@@ -2416,12 +2397,11 @@ def test_a_run_that_was_killed_again_and_again_ends_in_the_same_bits(delays, see
     assert timeless(found) == records and not moved(weights(model), expected)
 
 
-class Bomb:
-    __reduce__ = lambda self: (os.mkdir, ("exploded",))
-
-
 def test_a_damaged_checkpoint_is_named_and_left_alone(tmp_path, monkeypatch):
     """A damaged file is to be deleted, a foreign one is named, and no code in a file runs."""
+    class Bomb:
+        __reduce__ = lambda self: (os.mkdir, ("exploded",))
+
     monkeypatch.chdir(tmp_path)
     torch.save({"format": "srlm 3", "model": Bomb()}, "bomb.pt")
     torch.save({"weights": torch.zeros(1)}, "other.pt")
@@ -2543,8 +2523,7 @@ def test_what_a_resume_reports_again_shortens_no_metrics(tmp_path):
         board = srlm.Scoreboard(srlm.LetterWorld(n_eval=1), TEXT, [], None, tmp_path)
         for number, value in enumerate(seconds):
             board.report({"stage": number, "seconds": value})
-        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line)["seconds"] for line in lines[1:]]
+        return [line["seconds"] for line in metrics(tmp_path)[1:]]
 
     assert report(1.0, 2.0, 3.0) == [1.0, 2.0, 3.0]
     assert report(1.0, 2.0) == [1.0, 2.0, 3.0]
@@ -2579,7 +2558,7 @@ def needs(name):
 
 @pytest.fixture(scope="session", autouse=True)
 def job(request, tmp_path_factory):
-    base, running, started = tmp_path_factory.mktemp("jobs"), [], {}
+    base, running = tmp_path_factory.mktemp("jobs"), []
 
     def work(name):
         (base / name).mkdir()
@@ -2587,10 +2566,8 @@ def job(request, tmp_path_factory):
             process = subprocess.Popen(
                 [sys.executable, *map(str, JOBS[name])], cwd=base / name, env=ENVIRONMENT,
                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
-            running.append(process)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                return process.wait(timeout=300)
-            process.terminate()
+        running.append(process)
+        return process.wait(timeout=300)
 
     def finished(name, expected_code=0):
         code = started[name].result()
@@ -2601,7 +2578,7 @@ def job(request, tmp_path_factory):
     tests = [getattr(item, "function", None) for item in request.session.items]
     needed = {getattr(test, "job", None) for test in tests}
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        started |= {name: threads.submit(work, name) for name in JOBS if name in needed}
+        started = {name: threads.submit(work, name) for name in JOBS if name in needed}
         yield finished
         threads.shutdown(wait=False, cancel_futures=True)  # matters where pytest stops early
         for process in running:
@@ -3182,14 +3159,11 @@ def test_two_forked_processes_train_to_the_weights_of_one(tmp_path):
         torch.save(train_every_kind(rank), tmp_path / f"rank {rank}.pt")
         os._exit(0)
 
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=work, args=(rank,)) for rank in range(2)]
-    for process in processes:
-        process.start()
+    processes = torch.multiprocessing.start_processes(work, nprocs=2, join=False, daemon=True,
+                                                      start_method="fork")
     alone, *_ = train_every_kind()
-    for process in processes:
-        process.join(60)
-        process.kill()
+    for _ in range(2):
+        processes.join(60)  # until the next one ends
     paths = [tmp_path / f"rank {rank}.pt" for rank in range(2)]
     (first, *first_stop), (second, *second_stop) = map(torch.load, paths)
     for name, (record, state, files) in alone.items():  # the record as its numbers
