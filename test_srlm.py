@@ -1648,6 +1648,7 @@ for name, function in list(globals().items()):
 
 import argparse
 import concurrent.futures
+import difflib
 import functools
 import gc
 import importlib.util
@@ -3623,103 +3624,70 @@ def blank(*names):
 
 
 # Thirty known faults ------------------------------------------------------------------------------
-# The faults of a well-known public implementation: a title, the test that must catch it, the edit.
+# The faults of a well-known public implementation: a title, the test that must catch it, and below
+# the edit: old => new, where `old` occurs once in srlm.py.
 
 FAULTS = r"""
 @@ 1 SFT also learns the prompt: test_response_mask
--    return (predicted >= prompt_lens[:, None]) & (predicted < end[:, None])
-+    return (predicted >= 0) & (predicted < end[:, None])
+(predicted >= prompt_lens[:, None]) => (predicted >= 0)
 @@ 2 the logits are compared with the token that they have read: test_chain_rule
--    nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-+    nll = F.cross_entropy(logits.flatten(0, 1), ids[:, :-1].flatten(), reduction="none")
+ids[:, 1:].flatten(), reduction="none") => ids[:, :-1].flatten(), reduction="none")
 @@ 3 the mean over tokens for the sum: test_log_probability_of_a_concatenation_is_the_sum
--    return logprobs.masked_fill(~mask, 0.0).sum(dim=1)  # not "* mask": 0 * -inf would be NaN
-+    return logprobs.masked_fill(~mask, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+(~mask, 0.0).sum(dim=1) => (~mask, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 @@ 4 sampling reads the logits of padding: test_greedy_equals_a_naive_loop
--            found = model(piece)[torch.arange(len(n), device=n.device), n - 1]
-+            found = model(piece)[:, -1]
+model(piece)[torch.arange(len(n), device=n.device), n - 1] => model(piece)[:, -1]
 @@ 5 tokens that look like padding vanish: test_a_pad_id_inside_a_row_is_a_token_like_any_other
--    return ((ids != pad_id) * number).amax(dim=1)  # the number of the last token
-+    return (ids != pad_id).sum(dim=1)
+return ((ids != pad_id) * number).amax(dim=1) => return (ids != pad_id).sum(dim=1)
 @@ 6 the reference follows the model: test_the_reference_is_the_model_as_the_stage_begins
--        ref_chosen = chosen.new_tensor([pair.ref_chosen for pair in batch])
-+        ref_chosen = chosen.detach()
+ref_chosen = chosen.new_tensor([pair.ref_chosen for pair in batch]) => ref_chosen = chosen.detach()
 @@ 7 SPIN's opponent learns before it writes: test_the_reference_is_the_model_as_the_stage_begins
-+        minimise(model, sft_objective(items), self, context)
-         written = parallel_map(write, range(0, len(items), 64), "writing")
+written = parallel => minimise(model, sft_objective(items), self, context); written = parallel
 @@ 8 the parser fails on a decimal point: test_every_number_round_trips_through_any_template
--    return float(found[-1]) if found else None
-+    return int(found[-1]) if found else None
+return float(found[-1]) if found => return int(found[-1]) if found
 @@ 9 white space matters to the parser: test_white_space_and_case_do_not_matter
--        return r"\s+".join(re.escape(word) for word in words)
-+        return " ".join(re.escape(word) for word in words)
+return r"\s+".join(re.escape(word) => return " ".join(re.escape(word)
 @@10 the score is read from the answer as well as the reply: test_a_response_cannot_grade_itself
--    scores = [reward_config.parse(text.text(reply)) for reply in replies]
-+    scores = [reward_config.parse(text.text(torch.cat(both))) for both in zip(rows, replies)]
+(reply)) for reply in replies] => (torch.cat(both))) for both in zip(rows, replies)]
 @@11 a judge may be left without room for a reply: test_a_judge_without_room_is_an_error
--            require(0 < len(row) < limit, f"{len(row)} tokens; it needs 1 or more, and room for "
-+            require(0 < len(row), f"{len(row)} tokens; it needs 1 or more, and room for "
+require(0 < len(row) < limit, => require(0 < len(row),
 @@12 a judge that always ties is asked for ever: test_no_pair_at_all_is_an_error_in_bounded_time
--    chunks = [prompts[:4], *(prompts[at : at + 64] for at in range(4, len(prompts), 64))]
-+    chunks = [prompts[:4], *(prompts[at : at + 64] for at in range(4, len(prompts), 64))] * 100
+for at in range(4, len(prompts), 64))] => for at in range(4, len(prompts), 64))] * 100
 @@13 a tie drops the prompts that follow it: test_a_tie_skips_one_prompt_and_no_other
--        if pair is not None:
--            pairs.append(pair)
-+        if pair is None:
-+            break
-+        pairs.append(pair)
+if len(pairs) == n_pairs: => if pair is None or len(pairs) == n_pairs:
 @@14 there are more pairs than asked for: test_generation_stops_at_n_pairs_or_warns
--        if len(pairs) == n_pairs:
-+        if len(pairs) > (n_pairs or 999):
+if len(pairs) == n_pairs: => if len(pairs) > (n_pairs or 999):
 @@15 an answer is preferred to itself: test_equal_tokens_are_no_pair
--    if chosen.equal(rejected) or not is_valid(pair.chosen_reward, pair.rejected_reward):
-+    if not is_valid(pair.chosen_reward, pair.rejected_reward):
+if chosen.equal(rejected) or not is_valid => if not is_valid
 @@16 rewards of shape (B, 1) are refused: test_rewards_may_come_in_any_form
--    require(tuple(rewards.shape) in ((n,), (n, 1)),
-+    require(tuple(rewards.shape) == (n,),
+require(tuple(rewards.shape) in ((n,), (n, 1)), => require(tuple(rewards.shape) == (n,),
 @@17 pairs can be generated only once: test_pairs_can_be_generated_twice
--    source = f"{len(prompts)} prompts with {n_candidates} candidates each"
-+    source, prompts[:] = f"{len(prompts)} prompts", []
+source = f"{len(prompts)} prompts => source, prompts[:] = f"{len(prompts)} prompts", []
 @@18 a field of a config does nothing: test_every_field_changes_what_happens[sft-weight_decay]
--    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=config.weight_decay,
-+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.0,
+weight_decay=config.weight_decay, => weight_decay=0.0,
 @@19 one kind of stage does not run: test_stages_run_in_any_order
--        pairs = checked_data(self, "pair_dataset", model, context.text)
-+        pairs = checked_data(self, "prompt_dataset", model, context.text)
+pairs = checked_data(self, "pair_dataset", => pairs = checked_data(self, "prompt_dataset",
 @@20 early stopping keeps the last weights, not the best: test_early_stopping_follows_its_rule
--            self.best_weights = {name: w.clone() for name, w in model.state_dict().items()}
-+            self.best_weights = model.state_dict()
+{name: w.clone() for name, w in model.state_dict().items()} => model.state_dict()
 @@21 the direction of an evaluation is ignored: test_early_stopping_follows_its_rule
--        value = value if self.mode == "max" else -value
-+        value = -value
+value = value if self.mode == "max" else -value => value = -value
 @@22 processes begin with different weights: test_two_forked_processes_train_to_the_weights_of_one
--        self.model.load_state_dict(on_rank_zero(self.model.state_dict))  # the same everywhere
-+        pass
+self.model.load_state_dict(on_rank_zero(self.model.state_dict)) => pass
 @@23 processes keep their own gradients: test_two_forked_processes_train_to_the_weights_of_one
--        sum_gradients_over_processes(parameters)
-+        pass
+dist.is_initialized() and weight.grad is not None => False
 @@24 "every n steps" fires one step early: test_every_n_steps_is_n_2n_3n
--        return self.eval_fn is not None and step % min(self.every, steps) == 0
-+        return self.eval_fn is not None and (step + 1) % min(self.every, steps) == 0
+and step % min(self.every, steps) == 0 => and (step + 1) % min(self.every, steps) == 0
 @@25 a logit filter may leave no token: test_top_p
--    excluded[..., 0] = False
-+    pass
+excluded[..., 0] = False => pass
 @@26 padding on the left stays in the prompt: test_greedy_equals_a_naive_loop
--            prompt = prompt[real[0] : real[-1] + 1] if len(real) else prompt[:0]
-+            prompt = prompt[: real[-1] + 1] if len(real) else prompt[:0]
+prompt = prompt[real[0] : real[-1] + 1] => prompt = prompt[: real[-1] + 1]
 @@27 sampling goes on after EOS: test_a_row_ends_at_eos
--                unfinished &= tokens != eos_id
-+                unfinished &= tokens != -2
+unfinished &= tokens != eos_id => unfinished &= tokens != -2
 @@28 padding of training data counts as tokens: test_padding_is_not_trained_on
--    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
-+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
-     return ids.to(device), torch.tensor([prompt_len for _, prompt_len in items], device=device)
+ids.to(device), torch.tensor([prompt_len => ids.clamp(min=0).to(device), torch.tensor([prompt_len
 @@29 a function changes its argument: test_no_function_changes_its_arguments
--    ids = ids.masked_fill(place >= row_lengths(ids, pad_id)[:, None], 0)
-+    ids = ids.masked_fill_(place >= row_lengths(ids, pad_id)[:, None], 0)
+ids.masked_fill(place >= row_lengths => ids.masked_fill_(place >= row_lengths
 @@30 each evaluation keeps a copy of the weights: test_at_most_one_copy_of_the_weights_is_alive[sft]
-             self.best_weights = {name: w.clone() for name, w in model.state_dict().items()}
-+            self.__dict__.setdefault("all_weights", []).append(self.best_weights)
+self.best_weights = {name => vars(self)[value] = self.best_weights = {name
 """
 
 
@@ -3734,30 +3702,32 @@ def run_on(report, folder, path, names=(), profile="faults"):
 
 
 def plant(fault, path=None):
-    """(title, edit, which tests fail): of the one that must catch it, or of the reader's file."""
-    heading, *edit = fault.splitlines()
+    """(title, diff, which tests fail): of the one that must catch it, or of the reader's file."""
+    heading, edit = fault.splitlines()
     title, _, test = heading.rpartition(": ")
-    old, new = ("\n".join(line[1:] for line in edit if line[0] != other) for other in "+-")
+    old, new = edit.split(" => ")
     source = SCRIPT.read_text(encoding="utf-8")
+    broken = source.replace(old, new)
     if source.count(old) != 1:
-        raise ValueError(f"fault {title}: {source.count(old)} places match the edit\n{old}")
+        raise ValueError(f"fault {title}: {source.count(old)} places match the edit {old!r}")
     tests, names = (path, []) if path else (HERE / "test_srlm.py", [test])
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "srlm.py").write_text(source.replace(old, new), encoding="utf-8")
+        Path(folder, "srlm.py").write_text(broken, encoding="utf-8")
         found = run_in_process(run_on, folder, tests, names)
-    return title, edit, [name for name, words in found.items() if words]
+    diff = difflib.unified_diff(source.splitlines(), broken.splitlines(), lineterm="", n=0)
+    return title, [*diff][3:], [name for name, words in found.items() if words]
 
 
 def faults(path=None, who="the tests"):
     """Plant thirty known faults, one by one; exit code 0 if the tests catch every one."""
     known, n_caught = FAULTS.split("@@")[1:], 0
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for title, edit, failed in pool.map(lambda fault: plant(fault, path), known):
+        for title, diff, failed in pool.map(lambda fault: plant(fault, path), known):
             n_caught += len(failed) > 0
             words = "caught by " + ", ".join(failed) if failed else "NOT CAUGHT"
             print(f"{title:<52}  {words}", flush=True)
             if path is None:
-                print(*(f"      {line}" for line in edit), sep="\n")
+                print(*(f"      {line}" for line in diff), sep="\n")
     print(f"{who} catch {n_caught} of {len(known)} faults")
     return 0 if n_caught == len(known) else 1
 
