@@ -3661,7 +3661,7 @@ if chosen.equal(rejected) or not is_valid => if not is_valid
 @@16 rewards of shape (B, 1) are refused: test_rewards_may_come_in_any_form
 require(tuple(rewards.shape) in ((n,), (n, 1)), => require(tuple(rewards.shape) == (n,),
 @@17 pairs can be generated only once: test_pairs_can_be_generated_twice
-source = f"{len(prompts)} prompts => source, prompts[:] = f"{len(prompts)} prompts", []
+candidates each" => candidates each"; prompts[:] = []
 @@18 a field of a config does nothing: test_every_field_changes_what_happens[sft-weight_decay]
 weight_decay=config.weight_decay, => weight_decay=0.0,
 @@19 one kind of stage does not run: test_stages_run_in_any_order
