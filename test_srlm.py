@@ -152,8 +152,7 @@ def same(found, expected, of=""):
         assert found == expected, compared(found, expected, of)
 
 
-def generator(seed):
-    return torch.Generator().manual_seed(seed)
+generator = lambda seed: torch.Generator().manual_seed(seed)
 
 
 class HashModel(nn.Module):
@@ -946,10 +945,7 @@ def test_a_stage_freezes_its_reference_in_pieces_of_4096_tokens(kind):
 
 # 5. The judge -------------------------------------------------------------------------------------
 
-def verdict(template):
-    return srlm.RewardConfig("{{ prompt }}{{ response }}", template)
-
-
+verdict = lambda template: srlm.RewardConfig("{{ prompt }}{{ response }}", template)
 HOSTILE = ["1", "1.", " ", "Score: ", "Score: 1", "a ", "a b 1 c", "-", "(1", "*", "(", "S*",
            "Score:* "]
 every_template = pytest.mark.parametrize("template", [
@@ -1574,11 +1570,8 @@ def test_head_to_head_counts_both_ways(seed, prompts, n, parts):
     close([swapped[key] for key in ("lose", "tie", "win")], expected, 1e-6, of="lose, tie, win")
 
 
-def reward_all(value):
-    reward_fn = lambda prompts, responses: [value] * len(responses)
-    return mock.Mock(side_effect=reward_fn, replies=["so it goes"])  # the replies of a judge
-
-
+reward_all = lambda value: mock.Mock(
+    side_effect=lambda prompts, responses: [value] * len(responses), replies=["so it goes"])
 CRAMPED = limited(HashModel(5), 6)
 BOTH, REWARD = "{{ prompt }}{{ response }}", "{{ reward }}"
 NO_TEMPLATES = [
@@ -1706,13 +1699,9 @@ def trainer(folder, stages, model=None, **how):
 
 
 weights = lambda model: {name: weight.clone() for name, weight in model.state_dict().items()}
+moved = lambda before, after: {name for name in before if not before[name].equal(after[name])}
 timeless = lambda records: [
     {key: value for key, value in record.items() if key != "seconds"} for record in records]
-
-
-def moved(before, after):
-    """The names of the weights that differ."""
-    return {name for name in before if not before[name].equal(after[name])}
 
 
 def run(stages, model=None, **how):
@@ -1853,9 +1842,8 @@ def test_defaults_are_those_of_the_papers():
     dpo = srlm.SelfRewardDPOConfig(prompt_dataset=WORDS)
     spin = srlm.SelfPlayConfig(train_dataset=ITEMS)
     assert (dpo.n_candidates, dpo.n_judge_samples, dpo.pick_pair) == (4, 3, srlm.pick_best_worst)
-    assert dpo.beta == spin.lam == 0.1 and dpo.replay_dataset is spin.replay_dataset is None
-    assert dpo.nll_weight == 0 and srlm.judge.__kwdefaults__["n_samples"] == 3
-    assert srlm.generate_preferences.__kwdefaults__["n_candidates"] == 4
+    assert dpo.beta == spin.lam == 0.1 and dpo.nll_weight == 0
+    assert dpo.replay_dataset is spin.replay_dataset is None
 
 
 def returning(wrap):
