@@ -694,6 +694,9 @@ def test_the_ends_of_the_noise_draw_what_may_be_drawn(noise, token, monkeypatch)
 
 OUTSIDE = st.sampled_from([-1, 7, 257])  # values of pad_id that are no token of the rows below
 Batch = namedtuple("Batch", "rows prompt_lens model")
+LOSSES = {"dpo_loss": lambda *four, **beta: srlm.dpo_loss(*four, **beta),
+          "spin_loss": lambda *four, **beta: srlm.spin_loss(
+              *four, **{"lam": value for value in beta.values()})}
 
 
 @st.composite
@@ -842,11 +845,6 @@ def test_impossible_tokens_outside_of_the_response_cause_no_nan(batch, seed):
     close(srlm.sequence_logprobs(model, ids, lens)[0], -INF, of="an impossible response")
 
 
-LOSSES = {"dpo_loss": lambda *four, **beta: srlm.dpo_loss(*four, **beta),
-          "spin_loss": lambda *four, **beta: srlm.spin_loss(
-              *four, **{"lam": value for value in beta.values()})}
-
-
 @grades("dpo_loss", "spin_loss")
 @pytest.mark.parametrize("name", LOSSES)
 @given(st.lists(st.tuples(*[st.floats(-50, 0)] * 4), min_size=1, max_size=5), st.floats(0.01, 5))
@@ -951,6 +949,16 @@ HOSTILE = ["1", "1.", " ", "Score: ", "Score: 1", "a ", "a b 1 c", "-", "(1", "*
 every_template = pytest.mark.parametrize("template", [
     "Score: {{ reward }}", "{{ reward }}", "{{ reward }} / 5", "a b {{ reward }} c d",
     "({{ reward }})"])
+# What means something to a regular expression or to the templates is literal text here.
+SPECIAL = ["Score:", "(a)", "[0-9]+", "\\d", "$", "^", "|", "{", "}", "Ä", "?", "%s", "b|c"]
+LITERAL = st.lists(st.sampled_from(SPECIAL), min_size=1, max_size=3).map(" ".join)
+TOUCHING = st.lists(
+    st.sampled_from([*SPECIAL, ".*", "\\", "(", ")", " ", "  ", "\n", "5", "-", "+", "."]),
+    max_size=5).map(lambda x: re.sub(r"\{+", "{", re.sub(r"\}+", "}", "".join(x))))
+NUMBER = st.integers(-10**6, 10**6).map(str) | st.floats(-1e6, 1e6).map("{:.3f}".format)
+BLANK = st.text(alphabet=" \t\n\r", min_size=1, max_size=4)
+DECORATION = st.text(alphabet="*_` \n", max_size=4)
+ODD_NUMBER = st.sampled_from(["+1", "+12", ".5", ".25", "7.", "10."])
 
 
 def is_read_as(config, reply, score):
@@ -974,18 +982,6 @@ def test_hostile_replies_cost_no_time(template, sizes=(*range(8, 40), 100, 300, 
 def test_long_hostile_replies_cost_no_time(template):
     """A reply of 100,000 characters is read in a moment; quadratic time would be minutes."""
     test_hostile_replies_cost_no_time(template, sizes=[100_000], seconds=0.5)
-
-
-# What means something to a regular expression or to the templates is literal text here.
-SPECIAL = ["Score:", "(a)", "[0-9]+", "\\d", "$", "^", "|", "{", "}", "Ä", "?", "%s", "b|c"]
-LITERAL = st.lists(st.sampled_from(SPECIAL), min_size=1, max_size=3).map(" ".join)
-TOUCHING = st.lists(
-    st.sampled_from([*SPECIAL, ".*", "\\", "(", ")", " ", "  ", "\n", "5", "-", "+", "."]),
-    max_size=5).map(lambda x: re.sub(r"\{+", "{", re.sub(r"\}+", "}", "".join(x))))
-NUMBER = st.integers(-10**6, 10**6).map(str) | st.floats(-1e6, 1e6).map("{:.3f}".format)
-BLANK = st.text(alphabet=" \t\n\r", min_size=1, max_size=4)
-DECORATION = st.text(alphabet="*_` \n", max_size=4)
-ODD_NUMBER = st.sampled_from(["+1", "+12", ".5", ".25", "7.", "10."])
 
 
 @grades("RewardConfig.parse")
@@ -1684,6 +1680,7 @@ KINDS = {  # of each kind of stage its config, and the fields of a small one
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_preference_kind = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "sft"])
 failing = lambda error: mock.Mock(side_effect=error)
+item_loss = lambda model, ids, n: srlm.sft_loss(model, ids[None], torch.tensor([n]))
 
 
 def stage(kind, **fields):
@@ -1913,9 +1910,6 @@ def train_by_hand(model, loss_fn, config):
         optimizer.step()
         losses.append(loss.item())
     return np.mean(losses[-20:])
-
-
-item_loss = lambda model, ids, n: srlm.sft_loss(model, ids[None], torch.tensor([n]))
 
 
 @given(st.integers(1, 30), st.floats(0, 1), st.sampled_from([0.0, 0.3]),
@@ -2331,6 +2325,11 @@ def except_at(call, good, bad):
 draw = lambda model: {"draw": float(torch.rand(())), "weight": float(model.embedding.weight.sum())}
 EVERY_KIND = [stage(kind, replay_dataset=ITEMS) for kind in KINDS]
 undisturbed = functools.cache(lambda: run(EVERY_KIND, evaluate=draw))
+IDS, LENGTH = ITEMS[0]
+LISTED = Listed([(ids.tolist(), n) for ids, n in ITEMS])
+LATER_JUDGE = dataclasses.replace(JUDGE, prompt_template="{{ prompt }}b{{ response }}")
+contents = lambda folder: {path.name: path.read_bytes() for path in folder.iterdir()}
+FOREIGN = ["mine.pt", "0.mine.pt", "0.sft.txt", "x0.sft.pt", "0.sft.pt.damaged"]  # not srlm's names
 
 
 @pytest.mark.parametrize("at", range(len(KINDS)))
@@ -2421,10 +2420,6 @@ def test_a_loss_that_is_not_finite_stops_with_stage_and_step(tmp_path):
     assert [record["steps"] for record in records] == [3, 5]
 
 
-contents = lambda folder: {path.name: path.read_bytes() for path in folder.iterdir()}
-FOREIGN = ["mine.pt", "0.mine.pt", "0.sft.txt", "x0.sft.pt", "0.sft.pt.damaged"]  # not srlm's names
-
-
 @pytest.mark.parametrize("overwrite, clear", [(False, "0"), (True, "0"), (False, "1")])
 def test_checkpoints_are_never_overwritten_unasked(overwrite, clear, tmp_path, monkeypatch):
     """Older checkpoints are an error or, if asked for, all removed; no other file is."""
@@ -2451,11 +2446,6 @@ def two_stages(folder, sft={}, later={}, **how):
     later = {"replay_dataset": ITEMS, "reward_config": JUDGE, **later}
     stages = [stage("sft", **sft), stage("self-reward", **later)]
     return trainer(folder, stages, **{"settings": {"data": "mine"}, **how})
-
-
-IDS, LENGTH = ITEMS[0]
-LISTED = Listed([(ids.tolist(), n) for ids, n in ITEMS])
-LATER_JUDGE = dataclasses.replace(JUDGE, prompt_template="{{ prompt }}b{{ response }}")
 
 
 @pytest.mark.parametrize("changed, words", [
@@ -2643,6 +2633,9 @@ SAY = [f"say {i}" for i in range(60)]  # "say 1" is not held out
 LEARNED = [prompt for prompt in SAY if not HELD_OUT(prompt)]
 rows = lambda prompts, **fields: [{"prompt": prompt, **fields} for prompt in prompts]
 YES = rows(SAY, response="yes")
+TOO_LONG = [*YES, *rows(["p" * 99], response="r")]
+FIELDS = {"sft": dict(response="r"), "judged": dict(response="r", score=1), "prompts": {}}
+SOME = st.lists(st.sampled_from(SAY), max_size=20)
 
 
 def own_files(folder, **files):
@@ -2670,9 +2663,6 @@ def refused(capsys, *argv):
     assert end.value.code == 2 and error.startswith("srlm")
     assert all(line.startswith(("warning: ", "usage: ", "   ")) for line in before)
     return error
-
-
-SOME = st.lists(st.sampled_from(SAY), max_size=20)
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=5).filter(str.strip),
@@ -2747,10 +2737,6 @@ def test_each_stage_draws_some_of_your_prompts():
     own_data("--stage-prompts", len(LEARNED), sft=YES)
 
 
-TOO_LONG = [*YES, *rows(["p" * 99], response="r")]
-FIELDS = {"sft": dict(response="r"), "judged": dict(response="r", score=1), "prompts": {}}
-
-
 @pytest.mark.parametrize("files, argv, says", [
     *(({flag: rows(prompts, **fields)}, "--skip-long", f"--{flag} .*: of {len(prompts)} examples")
       for prompts in ([*filter(HELD_OUT, SAY)], ["p" * 500] * 7)  # held out, too long
@@ -2802,6 +2788,8 @@ def test_the_held_out_loss_is_cut_by_tokens(tmp_path):
 
 metrics = lambda folder: [
     json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+KEYS = {*("stage kind model seconds loss oracle_score oracle_greedy perfect_rate self_score win "
+          "tie lose judge_pairwise judge_best5 judge_exact judge_spearman judge_kendall").split()}
 
 
 @pytest.fixture(scope="module")
@@ -3024,10 +3012,6 @@ def test_idle_threads_sleep_unless_the_user_wants_them_to_spin():
             assert os.environ["OMP_WAIT_POLICY"] == policy
 
 
-KEYS = {*("stage kind model seconds loss oracle_score oracle_greedy perfect_rate self_score win "
-          "tie lose judge_pairwise judge_best5 judge_exact judge_spearman judge_kendall").split()}
-
-
 @needs("quick")
 def test_a_quick_run_leaves_its_models_and_metrics(job):
     """A run leaves a checkpoint of every stage and a line of metrics for every model."""
@@ -3095,6 +3079,8 @@ def test_ask_answers_scores_and_tells_the_truth(job, capsys):
 MANY = {"sft": {}, "dpo": {}, "spin": dict(train_dataset=ITEMS * 20),
         "self-reward": dict(prompt_dataset=WORDS * 30),
         "external-reward": dict(prompt_dataset=WORDS * 30)}  # enough for each process to write some
+stages_with = lambda reward: [
+    stage("sft"), stage("external-reward", prompt_dataset=WORDS * 30, reward_model=reward)]
 
 
 def train_every_kind(rank=0):
@@ -3120,10 +3106,6 @@ def train_every_kind(rank=0):
         with pytest.raises(ValueError, match="batch_size=1 leaves some of 2 processes without"):
             run([stage("sft", batch_size=1)])
     return runs, record["steps"], len(values)
-
-
-stages_with = lambda reward: [
-    stage("sft"), stage("external-reward", prompt_dataset=WORDS * 30, reward_model=reward)]
 
 
 def train_until_one_dies():
