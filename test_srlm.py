@@ -1697,8 +1697,7 @@ def trainer(folder, stages, model=None, **how):
 
 weights = lambda model: {name: weight.clone() for name, weight in model.state_dict().items()}
 moved = lambda before, after: {name for name in before if not before[name].equal(after[name])}
-timeless = lambda records: [
-    {key: value for key, value in record.items() if key != "seconds"} for record in records]
+timeless = lambda records: [{**record, "seconds": 0} for record in records]
 
 
 def run(stages, model=None, **how):
@@ -2578,7 +2577,7 @@ def test_saved_pairs_are_read_back(tmp_path):
     assert os.listdir(path.parent) == ["pairs.jsonl"]
     for found, pair in zip(srlm.load_pairs(path, TEXT), pairs, strict=True):
         same(found._asdict(), pair._asdict())
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [*map(json.loads, path.read_text().splitlines())]
     for row, pair in zip(rows, pairs, strict=True):
         assert row == {
             "prompt": DECODE(pair.prompt), "score_chosen": pair.chosen_reward,
@@ -2786,8 +2785,7 @@ def test_the_held_out_loss_is_cut_by_tokens(tmp_path):
 
 # 14. The command line -----------------------------------------------------------------------------
 
-metrics = lambda folder: [
-    json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+metrics = lambda folder: [*map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
 KEYS = {*("stage kind model seconds loss oracle_score oracle_greedy perfect_rate self_score win "
           "tie lose judge_pairwise judge_best5 judge_exact judge_spearman judge_kendall").split()}
 
@@ -3014,11 +3012,20 @@ def test_idle_threads_sleep_unless_the_user_wants_them_to_spin():
 
 @needs("quick")
 def test_a_quick_run_leaves_its_models_and_metrics(job):
-    """A run leaves a checkpoint of every stage and a line of metrics for every model."""
-    folder, kinds = job("quick")[0] / "run", ["sft", "sft", "self-reward", "self-reward"]
+    """A run leaves a checkpoint of every stage, and metrics of every model in a file and a table."""
+    folder, printed = job("quick")
+    kinds = ["sft", "sft", "self-reward", "self-reward"]
     checkpoints = [f"{i}.{kind}.pt" for i, kind in enumerate(kinds)]
-    assert sorted(os.listdir(folder)) == [*checkpoints, "metrics.jsonl"]
-    first, *lines = metrics(folder)
+    assert sorted(os.listdir(folder / "run")) == [*checkpoints, "metrics.jsonl"]
+    first, *lines = metrics(folder / "run")
+    forms = dict(oracle_score=".2f", oracle_greedy=".2f", perfect_rate=".0%", self_score=".2f")
+    for line in (first, *lines):
+        row = re.search(rf"^{line['model']} .*$", printed, re.MULTILINE)[0].split()
+        assert row[1:5] == ["-" if line.get(key) is None else format(line[key], form)
+                            for key, form in forms.items()]
+    assert re.search(r"\n +true score +greedy +perfect +self-score .* judge .* seconds\n", printed)
+    assert int(re.search(r"M3 against M1: win (\d+)%", printed)[1]) > 50
+    assert f"ask run{os.sep}3.self-reward.pt" in printed
     assert first["model"] == "demonstrations" and abs(first["oracle_score"] - 3.03) < 0.2
     assert [line["kind"] for line in lines] == kinds
     for i, line in enumerate(lines):
@@ -3040,20 +3047,6 @@ def test_self_reward_beats_the_demonstrations_and_imitation(job):
         assert m2[key] > m1[key] + 0.3
     assert m2["win"] > m2["lose"] and m1["judge_pairwise"] > 0.6
     assert m3["oracle_score"] > demonstrations["oracle_score"] > m1["oracle_score"]
-
-
-@needs("quick")
-def test_the_table_shows_the_metrics(job):
-    """The table has the numbers of metrics.jsonl; the last line says how to ask the last model."""
-    folder, printed = job("quick")
-    forms = dict(oracle_score=".2f", oracle_greedy=".2f", perfect_rate=".0%", self_score=".2f")
-    for line in metrics(folder / "run"):
-        row = re.search(rf"^{line['model']} .*$", printed, re.MULTILINE)[0].split()
-        assert row[1:5] == ["-" if line.get(key) is None else format(line[key], form)
-                            for key, form in forms.items()]
-    assert re.search(r"\n +true score +greedy +perfect +self-score .* judge .* seconds\n", printed)
-    assert int(re.search(r"M3 against M1: win (\d+)%", printed)[1]) > 50
-    assert f"ask run{os.sep}3.self-reward.pt" in printed
 
 
 @needs("quick")
@@ -3171,15 +3164,11 @@ def run_the_readme():
     print(f"{number} blocks ran")
 
 
-def test_the_readme_names_tests_that_exist():
-    """Every test that the README cites is a test of this file."""
+@needs("readme")
+def test_the_readme_is_true(job):
+    """The tests that it cites exist, and its python blocks run as they are, in an empty folder."""
     cited = set(re.findall(r"`(test_\w+)`", readme()))
     assert cited <= set(globals()) and len(cited) > 5
-
-
-@needs("readme")
-def test_the_readme_blocks_run(job):
-    """Every python block of the README runs as it stands, in an empty folder."""
     assert int(re.search(r"(\d+) blocks ran$", job("readme")[1].strip())[1]) >= 4
 
 
