@@ -3012,7 +3012,7 @@ def test_idle_threads_sleep_unless_the_user_wants_them_to_spin():
 
 @needs("quick")
 def test_a_quick_run_leaves_its_models_and_metrics(job):
-    """A run leaves a checkpoint of every stage, and metrics of every model in a file and a table."""
+    """A run leaves a checkpoint of every stage, and a line and a table row for every model."""
     folder, printed = job("quick")
     kinds = ["sft", "sft", "self-reward", "self-reward"]
     checkpoints = [f"{i}.{kind}.pt" for i, kind in enumerate(kinds)]
