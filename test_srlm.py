@@ -24,6 +24,7 @@ import re
 import time
 import warnings
 from collections import UserDict, defaultdict, namedtuple
+from functools import cache, partial
 from unittest import mock
 
 import numpy as np
@@ -1584,21 +1585,20 @@ NO_PROMPTS = ["sort", "sort a", "sort aa", "sort xyz", "dance ab", "", "sort ab 
 
 
 @pytest.mark.parametrize("call, words", [
-    *[(lambda template=template: srlm.TextFormat(chat_template=template), "chat_template")
+    *[(partial(srlm.TextFormat, chat_template=template), "chat_template")
       for template in ("no variable", "{{ prompt }} {{ x }}")],
     (lambda: TEXT.prompt_ids(torch.tensor([1, 2])), "prompt must be a str, not a Tensor"),
     (lambda: transformer(0)(torch.zeros(1, 13, dtype=torch.long)), "13.*12"),
     (lambda: srlm.ModelConfig(dim=10, heads=2), "dim=10.*4"),
     (lambda: srlm.top_k(torch.zeros(1, 3), 0), "top_k"),
     (lambda: srlm.top_p(torch.zeros(1, 3), NAN), "top_p"),
-    *[(lambda case=case: srlm.sample(CRAMPED, case[0], max_new_tokens=3, **case[1]), case[2])
+    *[(partial(srlm.sample, CRAMPED, case[0], max_new_tokens=3, **case[1]), case[2])
       for case in REFUSED],
-    (lambda: srlm.sample(CRAMPED, [[1]], max_new_tokens=0), "max_new_tokens=0"),
-    (lambda: srlm.sample(CRAMPED, [[1]], max_new_tokens=3, temperature=-1.0), "temperature"),
-    *[(lambda wrong=wrong: srlm.sample(CRAMPED, [[1]], max_new_tokens=3, logit_filter=wrong),
-       "token 0") for wrong in (lambda x: x * NAN, lambda x: x - INF)],
-    *[(lambda case=case: srlm.RewardConfig(*case[:2]), re.escape(case[2]))
-      for case in NO_TEMPLATES],
+    (partial(srlm.sample, CRAMPED, [[1]], max_new_tokens=0), "max_new_tokens=0"),
+    (partial(srlm.sample, CRAMPED, [[1]], max_new_tokens=3, temperature=-1.0), "temperature"),
+    *[(partial(srlm.sample, CRAMPED, [[1]], max_new_tokens=3, logit_filter=wrong), "token 0")
+      for wrong in (lambda x: x * NAN, lambda x: x - INF)],
+    *[(partial(srlm.RewardConfig, *case[:2]), re.escape(case[2])) for case in NO_TEMPLATES],
     (lambda: srlm.judge(HashModel(9), SCORE, ["p", "p"], ["r"]), "2 prompts but 1 responses"),
     (lambda: srlm.judge(limited(HashModel(257), 5), SCORE, ["p"], ["rr"]), "5 tokens.*5"),
     *[(lambda wrong=wrong: write(reward_fn=lambda *texts: wrong(ODD(*texts))), "reward function")
@@ -1609,9 +1609,8 @@ NO_PROMPTS = ["sort", "sort a", "sort aa", "sort xyz", "dance ab", "", "sort ab 
     (lambda: write(reward_fn=reward_all(NAN)), "'pairs': 0.*'unparsed': 7.*7 prompts.*so it goes"),
     (lambda: write(reward_fn=reward_all(1)), "'pairs': 0.*'tied': 7.*7 prompts.*so it goes"),
     (lambda: write(temperature=0, pick_pair=lambda rewards: (0, 1)), "'invalid': 7"),
-    *[(lambda prompt=prompt: WORLD.target(prompt), re.escape(repr(prompt)))
-      for prompt in NO_PROMPTS],
-    *[(lambda names=names: srlm.LetterWorld(names), "instructions") for names in (["dance"], [])],
+    *[(partial(WORLD.target, prompt), re.escape(repr(prompt))) for prompt in NO_PROMPTS],
+    *[(partial(srlm.LetterWorld, names), "instructions") for names in (["dance"], [])],
     (lambda: next(srlm.shuffled_batches([], 2, generator(0))), "no examples")])
 def test_an_error_names_what_is_wrong(call, words):
     """What cannot be right is refused with its name, and with the numbers that do not fit."""
@@ -1637,7 +1636,6 @@ for name, function in list(globals().items()):
 import argparse
 import concurrent.futures
 import difflib
-import functools
 import gc
 import importlib.util
 import inspect
@@ -1797,7 +1795,7 @@ UNUSUAL = dict(  # another value of each field
     rewarding_model=Tiny(seed=5), reward_config=OTHER_JUDGE, n_judge_samples=1, max_judge_tokens=1,
     judge_temperature=0.2, judge_logit_filter=only("ab"),
     reward_model=lambda prompts, responses: [-reward for reward in ODD(prompts, responses)])
-usual_run = functools.cache(lambda kind: run([stage(kind, **USUAL)]))
+usual_run = cache(lambda kind: run([stage(kind, **USUAL)]))
 SENSELESS = dict(  # values that are refused
     steps=[0, math.inf], batch_size=[0], learning_rate=[0.0, NAN], weight_decay=[-1],
     warmup=[-0.1, 1.01, 100, NAN, math.inf], max_grad_norm=[0], max_epochs=[0], eval_mode=["best"],
@@ -2206,7 +2204,7 @@ def test_no_function_changes_its_arguments(tmp_path):
     rows, model, pairs = ragged(np.random.default_rng(0), 3, 9, low=2), HashModel(9), write()[0]
     ids, lens, logits = pad(rows, 9), torch.tensor([1, 0, 1]), torch.randn(3, 9)
     four, scores = [torch.randn(3) for _ in range(4)], np.array([[3.0, 1, 4, 1], [5, 9, 2, 6]])
-    sample = functools.partial(srlm.sample, max_new_tokens=3, pad_id=9)
+    sample = partial(srlm.sample, max_new_tokens=3, pad_id=9)
     for function, *arguments in [
             (srlm.top_k, logits, 2), (srlm.top_p, logits, 0.5), (sample, model, rows),
             (sample, model, ids), (srlm.token_logprobs, model, ids, 9),
@@ -2223,7 +2221,7 @@ def test_no_function_changes_its_arguments(tmp_path):
 @given(SEEDS, st.integers(1, 6))
 def test_proposed_prompts_are_new_valid_and_counted(seed, n):
     """New prompts are written where the chat template has them, until n are valid, and counted."""
-    propose = functools.partial(srlm.propose_prompts, HashModel(9, seed % 1000), n)
+    propose = partial(srlm.propose_prompts, HashModel(9, seed % 1000), n)
     found, counts = propose(known=["a", "b"], text=TEXT, max_new_tokens=6, max_tries=5,
                             is_valid=lambda prompt: "c" not in prompt, generator=generator(seed))
     assert len(found) == len(set(found)) <= n and not {"a", "b"} & set(found)
@@ -2318,7 +2316,7 @@ def except_at(call, good, bad):
 
 draw = lambda model: {"draw": float(torch.rand(())), "weight": float(model.embedding.weight.sum())}
 EVERY_KIND = [stage(kind, replay_dataset=ITEMS) for kind in KINDS]
-undisturbed = functools.cache(lambda: run(EVERY_KIND, evaluate=draw))
+undisturbed = cache(lambda: run(EVERY_KIND, evaluate=draw))
 IDS, LENGTH = ITEMS[0]
 LISTED = Listed([(ids.tolist(), n) for ids, n in ITEMS])
 LATER_JUDGE = dataclasses.replace(JUDGE, prompt_template="{{ prompt }}b{{ response }}")
@@ -2709,7 +2707,7 @@ def test_what_a_tokenizer_may_lose_is_a_warning(tmp_path):
     no_digits = lambda ids: re.sub("[0-9]", "", srlm.decode(ids))
     pair = srlm.PreferencePair(torch.tensor(srlm.encode("> 1 + 2\n")), *torch.tensor([[97], [98]]))
     save = lambda **how: srlm.save_pairs(tmp_path / "pairs.jsonl", [pair], srlm.TextFormat(**how))
-    make = functools.partial(srlm.SelfRewardingTrainer, Tiny(), [stage("sft")])
+    make = partial(srlm.SelfRewardingTrainer, Tiny(), [stage("sft")])
     with pytest.warns(UserWarning, match="pairs.jsonl.*lose tokens"):
         save(decode=no_digits)
     with pytest.warns(UserWarning, match="eos_id=256.*your tokenizer"):
@@ -2922,7 +2920,7 @@ def test_a_closed_pipe_ends_no_run(small, tmp_path):
     """Without a reader, as after `| head -1`, a command does its work and ends in silence."""
     reader, writer = os.pipe()
     os.close(reader)
-    begin = functools.partial(subprocess.Popen, stdout=writer, stderr=subprocess.PIPE)
+    begin = partial(subprocess.Popen, stdout=writer, stderr=subprocess.PIPE)
     processes = [begin([sys.executable, SCRIPT, *argv]) for argv in (
         ["ask", small / "1.sft.pt", b"sort \xff\xc3\xa9"],
         [*SMALL, "--stages", "sft,spin", "--checkpoints", tmp_path])]
@@ -3259,8 +3257,7 @@ def try_the_grader():
 @posix
 @needs("grader")
 def test_the_grader_tells_right_from_wrong(job):
-    """Any right function passes, even beside wrong ones; a wrong one fails with words, an endless
-    one is stopped."""
+    """A right function passes beside wrong ones, which fail with words; an endless one is ended."""
     _, output = job("grader")
     for line in ("spin_loss +2 of 2", "encode +0 of 2", "exit code 1", "dpo_loss +3 of 3",
                  "spin_loss +is not in mine",
@@ -3449,8 +3446,7 @@ def can_lend(theirs, ours):
 
 
 def grade_unit(report, path, unit):
-    """Run the tests of a unit on the reader's version. srlm lends all other units, so that each is
-    judged alone."""
+    """Run a unit's tests on the reader's version; srlm lends the other units, to judge it alone."""
     module, owner = imported(path), unit.rpartition(".")[0]
     written, original = part_of(module, unit), part_of(srlm, unit)
     for name, part in vars(getattr(module, owner)).items() if owner else ():
