@@ -2502,9 +2502,9 @@ def test_what_a_resume_reports_again_shortens_no_metrics(tmp_path):
 
 
 # Jobs: programs that run in the background --------------------------------------------------------
-# A program that takes more than a few seconds is a job. @needs says which job a test needs. Two
-# threads run those of the selected tests, in their order, each in a process and a folder of its
-# own, beside pytest. job(name) waits for the end of one and returns its folder and output.
+# A program that takes more than a few seconds is a job, which a test names by a default argument.
+# Two threads run the jobs of the selected tests, in their order, each in a process and a folder of
+# its own, beside pytest. job(name) waits for the end of one and returns its folder and output.
 
 HERE, SCRIPT = Path(__file__).resolve().parent, Path(srlm.__file__).resolve()
 PATHS = [str(SCRIPT.parent), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -2518,13 +2518,6 @@ JOBS = {  # in the order in which they run; arguments of python
     "notebook": calls("run_the_notebook"),
     "grader": calls("try_the_grader"),
     "faults": [Path(__file__).resolve(), "faults"]}
-
-
-def needs(name):
-    def mark(test):
-        test.job = name
-        return test
-    return mark
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -2547,7 +2540,7 @@ def job(request, tmp_path_factory):
         return base / name, output
 
     tests = [getattr(item, "function", None) for item in request.session.items]
-    needed = {getattr(test, "job", None) for test in tests}
+    needed = {name for test in tests for name in getattr(test, "__defaults__", None) or ()}
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
         started = {name: threads.submit(work, name) for name in JOBS if name in needed}
         yield finished
@@ -3003,10 +2996,9 @@ def test_idle_threads_sleep_unless_the_user_wants_them_to_spin():
             assert os.environ["OMP_WAIT_POLICY"] == policy
 
 
-@needs("quick")
-def test_a_quick_run_leaves_its_models_and_metrics(job):
+def test_a_quick_run_leaves_its_models_and_metrics(job, name="quick"):
     """A run leaves a checkpoint of every stage, and a line and a table row for every model."""
-    folder, printed = job("quick")
+    folder, printed = job(name)
     kinds = ["sft", "sft", "self-reward", "self-reward"]
     checkpoints = [f"{i}.{kind}.pt" for i, kind in enumerate(kinds)]
     assert sorted(os.listdir(folder / "run")) == [*checkpoints, "metrics.jsonl"]
@@ -3032,20 +3024,18 @@ def test_a_quick_run_leaves_its_models_and_metrics(job):
         close(line["win"] + line["tie"] + line["lose"], 1)
 
 
-@needs("quick")
-def test_self_reward_beats_the_demonstrations_and_imitation(job):
+def test_self_reward_beats_the_demonstrations_and_imitation(job, name="quick"):
     """M1, which imitates the demonstrations, scores less than they do; M2 and M3 score more."""
-    demonstrations, _, m1, m2, m3 = metrics(job("quick")[0] / "run")
+    demonstrations, _, m1, m2, m3 = metrics(job(name)[0] / "run")
     for key in ("oracle_score", "oracle_greedy"):
         assert m2[key] > m1[key] + 0.3
     assert m2["win"] > m2["lose"] and m1["judge_pairwise"] > 0.6
     assert m3["oracle_score"] > demonstrations["oracle_score"] > m1["oracle_score"]
 
 
-@needs("quick")
-def test_ask_answers_scores_and_tells_the_truth(job, capsys):
+def test_ask_answers_scores_and_tells_the_truth(capsys, job, name="quick"):
     """`ask` prints the answer, the model's own score and, in the letter world, the true score."""
-    path = str(job("quick")[0] / "run" / "3.self-reward.pt")
+    path = str(job(name)[0] / "run" / "3.self-reward.pt")
     srlm.main(["ask", path, "sort dbca"])
     lines = capsys.readouterr().out.splitlines()
     said = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in lines)
@@ -3134,10 +3124,9 @@ def test_two_forked_processes_train_to_the_weights_of_one(tmp_path):
 
 
 @posix
-@needs("together")
-def test_a_process_that_dies_ends_the_others_and_the_run_can_be_resumed(job):
+def test_a_process_that_dies_ends_the_others_and_the_run_can_be_resumed(job, name="together"):
     """If a process is killed all end, with an error, and a resume goes on after the last stage."""
-    folder, _ = job("together", expected_code=1)
+    folder, _ = job(name, expected_code=1)
     assert os.listdir(folder / "run") == ["0.sft.pt"]
     trainer(folder / "run", stages_with(ODD), model := Tiny())(resume=True)
     _, undisturbed, _ = run(stages_with(ODD))
@@ -3157,12 +3146,11 @@ def run_the_readme():
     print(f"{number} blocks ran")
 
 
-@needs("readme")
-def test_the_readme_is_true(job):
+def test_the_readme_is_true(job, name="readme"):
     """The tests that it cites exist, and its python blocks run as they are, in an empty folder."""
     cited = set(re.findall(r"`(test_\w+)`", readme()))
     assert cited <= set(globals()) and len(cited) > 5
-    assert int(re.search(r"(\d+) blocks ran$", job("readme")[1].strip())[1]) >= 4
+    assert int(re.search(r"(\d+) blocks ran$", job(name)[1].strip())[1]) >= 4
 
 
 def run_the_notebook():
@@ -3189,8 +3177,7 @@ def run_the_notebook():
     print(outputs[-1].text)
 
 
-@needs("notebook")
-def test_the_notebook_is_stored_as_it_ran_and_runs_again(job):
+def test_the_notebook_is_stored_as_it_ran_and_runs_again(job, name="notebook"):
     """The notebook is stored as it ran, without warnings, and runs again with FAST = True."""
     cells = json.loads((HERE / "tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]
@@ -3198,7 +3185,7 @@ def test_the_notebook_is_stored_as_it_ran_and_runs_again(job):
     outputs = [output for cell in code for output in cell["outputs"]]
     assert "error" not in {output["output_type"] for output in outputs}
     assert not any(output.get("name") == "stderr" for output in outputs)
-    teacher, first, second, third = json.loads(job("notebook")[1].strip().splitlines()[-1])
+    teacher, first, second, third = json.loads(job(name)[1].strip().splitlines()[-1])
     assert 2.5 < teacher < 3.5 and first < teacher + 0.3 and first + 0.3 < second < third + 0.5
 
 
@@ -3255,10 +3242,9 @@ def try_the_grader():
 
 
 @posix
-@needs("grader")
-def test_the_grader_tells_right_from_wrong(job):
+def test_the_grader_tells_right_from_wrong(job, name="grader"):
     """A right function passes beside wrong ones, which fail with words; an endless one is ended."""
-    _, output = job("grader")
+    _, output = job(name)
     for line in ("spin_loss +2 of 2", "encode +0 of 2", "exit code 1", "dpo_loss +3 of 3",
                  "spin_loss +is not in mine",
                  "pick_best_worst +not written yet", "top_k +0 of 3", r" +expected \| yours",
@@ -3282,10 +3268,9 @@ def test_units_and_blanks(capsys):
     assert main(["blank", "nothing"]) == main(["grade", "nowhere.py"]) == 2
 
 
-@needs("faults")
-def test_every_known_fault_is_caught(job):
+def test_every_known_fault_is_caught(job, name="faults"):
     """`python test_srlm.py faults`: each of the thirty known faults makes a test fail."""
-    job("faults")
+    job(name)
 
 
 # ================================================================================================
