@@ -22,10 +22,9 @@ import math
 import os
 import re
 import time
-import types
 import warnings
-from collections import defaultdict
-from typing import NamedTuple
+from collections import UserDict, defaultdict, namedtuple
+from functools import cache, partial
 from unittest import mock
 
 import numpy as np
@@ -38,15 +37,14 @@ from torch.overrides import TorchFunctionMode
 
 import srlm
 
-_shared = dict(deadline=None, print_blob=True, derandomize="CI" in os.environ,
+dev = settings(max_examples=25, deadline=None, print_blob=True, derandomize="CI" in os.environ,
                suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("dev", max_examples=25, **_shared)
-settings.register_profile("thorough", max_examples=200, **_shared)
-_for_grading = dict(derandomize=True, print_blob=False, report_multiple_bugs=False,
-                    phases=(Phase.explicit, Phase.generate, Phase.shrink))
-settings.register_profile("grade", max_examples=25, **_shared | _for_grading)
-_for_faults = _for_grading | dict(phases=(Phase.explicit, Phase.generate))  # any failure will do
-settings.register_profile("faults", max_examples=25, **_shared | _for_faults)
+grading = settings(dev, derandomize=True, print_blob=False, report_multiple_bugs=False,
+                   phases=(Phase.explicit, Phase.generate, Phase.shrink))
+settings.register_profile("dev", dev)
+settings.register_profile("thorough", dev, max_examples=200)
+settings.register_profile("grade", grading)
+settings.register_profile("faults", grading, phases=(Phase.explicit, Phase.generate))
 settings.load_profile(os.environ.get("SRLM_PROFILE", "dev"))
 torch.set_num_threads(1)  # the tensors are tiny
 
@@ -155,8 +153,7 @@ def same(found, expected, of=""):
         assert found == expected, compared(found, expected, of)
 
 
-def generator(seed):
-    return torch.Generator().manual_seed(seed)
+generator = lambda seed: torch.Generator().manual_seed(seed)
 
 
 class HashModel(nn.Module):
@@ -209,16 +206,15 @@ class Tiny(nn.Module):
 
 
 class Watched(nn.Module):
-    """A model that remembers the shapes and modes of its calls, and the rows that it trained on."""
+    """A model that remembers the shapes and modes of its calls."""
 
     def __init__(self, model):
         super().__init__()
-        self.model, self.shapes, self.modes, self.trained = model, [], [], []
+        self.model, self.shapes, self.modes = model, [], []
 
     def forward(self, ids):
         self.shapes.append(tuple(ids.shape))
         self.modes.append((self.training, torch.is_grad_enabled()))
-        self.trained += ids.tolist() if torch.is_grad_enabled() else []
         return self.model(ids)
 
 
@@ -339,7 +335,6 @@ def test_items_are_prompt_response_and_eos(prompt, response, suffix, ends):
         assert text.prompt_ids(prompt).tolist() == asked
         assert text.text(ids[n:]) == response and text.text(ids[:0]) == ""
     assert srlm.TextFormat().prompt_ids(prompt).tolist() == srlm.encode(prompt)  # no template
-    assert srlm.decode([-3, 257, *srlm.encode(prompt), 300]) == prompt  # what is no byte is dropped
 
 
 # 2. The model -------------------------------------------------------------------------------------
@@ -606,9 +601,10 @@ def test_drawn_frequencies_match_the_softmax(logit_filter, temperature):
     close(torch.bincount(pairs, minlength=25) / n, expected.flatten(), 0.07,
           of="the share of each of the 25 pairs of tokens")
     flat = nn.Embedding.from_pretrained(torch.tensor([0.5] + [0.0025] * 200).log().repeat(201, 1))
-    rows = torch.cat(srlm.sample(flat, [[1]] * n, max_new_tokens=1, eos_id=0, generator=generator(0)))
+    how = dict(max_new_tokens=1, eos_id=0, generator=generator(0))
+    rows = torch.cat(srlm.sample(flat, [[1]] * n, **how))
     shares = [(rows == 0).float().mean(), (rows > 160).float().mean()]
-    close(shares, [0.5, 0.1], 0.07, of="the shares of EOS with p = 0.5, and of 40 tokens with 0.0025")
+    close(shares, [0.5, 0.1], 0.07, of="shares of EOS with p = 0.5, and of 40 tokens with 0.0025")
 
 
 REFUSED = [([[1], []], {}, "prompt 1: 0 tokens"), ([[1] * 6], {}, "prompt 0: 6 tokens.*6"),
@@ -620,7 +616,8 @@ REFUSED = [([[1], []], {}, "prompt 1: 0 tokens"), ([[1] * 6], {}, "prompt 0: 6 t
 @pytest.mark.parametrize("place, logit", [((4, 0), NAN), ((4, 0), INF), (4, -INF)])
 def test_one_bad_logit_is_refused(place, logit, temperature):
     """Logits that are NaN, +inf or all -inf are refused in any row and at any step."""
-    model = nn.Embedding.from_pretrained(99 * torch.eye(5)[[0, 2, 1, 4, 0]])  # after 1: 2, after 3: 4
+    after = [0, 2, 1, 4, 0]  # the token that follows 0, 1, 2, 3, 4
+    model = nn.Embedding.from_pretrained(99 * torch.eye(5)[after])
     draw = lambda: srlm.sample(model, [[1], [3]], max_new_tokens=3, temperature=temperature)
     draw()
     model.weight[place] = logit
@@ -630,11 +627,10 @@ def test_one_bad_logit_is_refused(place, logit, temperature):
 
 @grades("sample")
 @pytest.mark.parametrize("temperature", [0, 1.0])
-@pytest.mark.parametrize("prompts, how, logit", [*[(*case[:2], 0.0) for case in REFUSED],
-                                                 *[([[1, 2]], {}, x) for x in (NAN, INF, -INF)],
-                                                 ([[1, 2]], dict(logit_filter=lambda x: x - INF), 0.0),
-                                                 ([[1, 2]], dict(max_new_tokens=0), 0.0),
-                                                 ([[1, 2]], dict(temperature=-1.0), 0.0)])
+@pytest.mark.parametrize("prompts, how, logit", [
+    *[(*case[:2], 0.0) for case in REFUSED], *[([[1, 2]], {}, x) for x in (NAN, INF, -INF)],
+    *[([[1, 2]], how, 0.0) for how in (dict(logit_filter=lambda x: x - INF),
+                                       dict(max_new_tokens=0), dict(temperature=-1.0))]])
 def test_what_cannot_be_sampled_is_refused(prompts, how, logit, temperature):
     """Empty prompts, those without room, and logits or arguments that make no sense are errors."""
     model = limited(HashModel(5), 6)
@@ -673,16 +669,14 @@ def test_every_module_gets_its_own_mode_back(factor, calls):
     assert [module.training for module in model.modules()] == [True, False, True]
 
 
-def test_the_generator_is_the_only_source_of_chance():
-    """Equal generators give equal draws, other ones others, of all bytes and EOS, but never PAD."""
+def test_all_bytes_and_eos_are_drawn_but_never_pad():
+    """A new model draws every byte and EOS and no other id; the temperature is 1 by default."""
     model = srlm.Transformer(srlm.ModelConfig(dim=8, depth=1, max_seq_len=64), generator(0))
     model.to_logits.weight.data *= 0.1  # all ids are about equally likely
-    draw = lambda seed, **how: torch.stack(srlm.sample(
-        model, [[1]] * 300, max_new_tokens=40, eos_id=None, generator=generator(seed), **how))
-    one = draw(1)
-    same(draw(1, temperature=1.0), one)
-    assert not one.equal(draw(2)) and not one[0].equal(one[2])
-    assert one.unique().tolist() == [*range(257)] == [*range(len(model.embedding.weight))]
+    draw = lambda **how: torch.stack(srlm.sample(
+        model, [[1]] * 300, max_new_tokens=40, eos_id=None, generator=generator(1), **how))
+    same(draw(temperature=1.0), draw())
+    assert draw().unique().tolist() == [*range(257)] == [*range(len(model.embedding.weight))]
 
 
 @pytest.mark.parametrize("noise, token", [(0.0, 1), (1 - 2**-24, 3)])
@@ -700,12 +694,10 @@ def test_the_ends_of_the_noise_draw_what_may_be_drawn(noise, token, monkeypatch)
 # 4. Log-probabilities and losses ------------------------------------------------------------------
 
 OUTSIDE = st.sampled_from([-1, 7, 257])  # values of pad_id that are no token of the rows below
-
-
-class Batch(NamedTuple):
-    rows: list
-    prompt_lens: list
-    model: HashModel
+Batch = namedtuple("Batch", "rows prompt_lens model")
+LOSSES = {"dpo_loss": lambda *four, **beta: srlm.dpo_loss(*four, **beta),
+          "spin_loss": lambda *four, **beta: srlm.spin_loss(
+              *four, **{"lam": value for value in beta.values()})}
 
 
 @st.composite
@@ -854,10 +846,6 @@ def test_impossible_tokens_outside_of_the_response_cause_no_nan(batch, seed):
     close(srlm.sequence_logprobs(model, ids, lens)[0], -INF, of="an impossible response")
 
 
-LOSSES = {"dpo_loss": lambda *four, **beta: srlm.dpo_loss(*four, **beta),
-          "spin_loss": lambda *four, **beta: srlm.spin_loss(*four, **{"lam": x for x in beta.values()})}
-
-
 @grades("dpo_loss", "spin_loss")
 @pytest.mark.parametrize("name", LOSSES)
 @given(st.lists(st.tuples(*[st.floats(-50, 0)] * 4), min_size=1, max_size=5), st.floats(0.01, 5))
@@ -954,41 +942,23 @@ def test_a_stage_freezes_its_reference_in_pieces_of_4096_tokens(kind):
         close(pair[5:], torch.cat(srlm.pair_logprobs(model, [pair])), 1e-4)  # the reference's log p
 
 
-class Apple(TorchFunctionMode):
-    """The CPU in the clothes of Apple's GPU: the same device name, and no float64."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function == torch.Tensor.device.__get__:
-            return torch.device("mps")
-        real = lambda x: torch.device("cpu") if isinstance(x, torch.device) else x
-        kwargs = {key: real(value) for key, value in (kwargs or {}).items()}
-        found = function(*map(real, args), **kwargs)
-        if isinstance(found, torch.Tensor) and found.dtype == torch.float64:
-            raise TypeError("Cannot convert a MPS Tensor to float64")
-        return found
-
-
-def test_all_stages_run_where_there_is_no_float64():
-    """All stages write, judge and train on a device without float64, such as an Apple GPU."""
-    model = srlm.Transformer(srlm.ModelConfig(9, 8, 1, 1, 30), generator(0))
-    with Apple():
-        assert srlm.device_of(model).type == "mps"
-        for kind in KINDS:
-            record = stage(kind).run(model, srlm.Context(TEXT, {"default": JUDGE}))
-            assert math.isfinite(record["loss"])
-
-
 # 5. The judge -------------------------------------------------------------------------------------
 
-def verdict(template):
-    return srlm.RewardConfig("{{ prompt }}{{ response }}", template)
-
-
+verdict = lambda template: srlm.RewardConfig("{{ prompt }}{{ response }}", template)
 HOSTILE = ["1", "1.", " ", "Score: ", "Score: 1", "a ", "a b 1 c", "-", "(1", "*", "(", "S*",
            "Score:* "]
 every_template = pytest.mark.parametrize("template", [
     "Score: {{ reward }}", "{{ reward }}", "{{ reward }} / 5", "a b {{ reward }} c d",
     "({{ reward }})"])
+# What means something to a regular expression or to the templates is literal text here.
+SPECIAL = ["Score:", "(a)", "[0-9]+", "\\d", "$", "^", "|", "{", "}", "Ä", "?", "%s", "b|c"]
+LITERAL = st.lists(st.sampled_from(SPECIAL), min_size=1, max_size=3).map(" ".join)
+TOUCHING = st.lists(
+    st.sampled_from([*SPECIAL, ".*", "\\", "(", ")", " ", "  ", "\n", "5", "-", "+", "."]),
+    max_size=5).map(lambda x: re.sub(r"\{+", "{", re.sub(r"\}+", "}", "".join(x))))
+NUMBER = st.integers(-10**6, 10**6).map(str) | st.floats(-1e6, 1e6).map("{:.3f}".format)
+BLANK = st.text(alphabet=" \t\n\r", min_size=1, max_size=4)
+ODD_NUMBER = st.sampled_from(["+1", "+12", ".5", ".25", "7.", "10."])
 
 
 def is_read_as(config, reply, score):
@@ -1012,18 +982,6 @@ def test_hostile_replies_cost_no_time(template, sizes=(*range(8, 40), 100, 300, 
 def test_long_hostile_replies_cost_no_time(template):
     """A reply of 100,000 characters is read in a moment; quadratic time would be minutes."""
     test_hostile_replies_cost_no_time(template, sizes=[100_000], seconds=0.5)
-
-
-# What means something to a regular expression or to the templates is literal text here.
-SPECIAL = ["Score:", "(a)", "[0-9]+", "\\d", "$", "^", "|", "{", "}", "Ä", "?", "%s", "b|c"]
-LITERAL = st.lists(st.sampled_from(SPECIAL), min_size=1, max_size=3).map(" ".join)
-TOUCHING = st.lists(
-    st.sampled_from([*SPECIAL, ".*", "\\", "(", ")", " ", "  ", "\n", "5", "-", "+", "."]),
-    max_size=5).map(lambda x: re.sub(r"\{+", "{", re.sub(r"\}+", "}", "".join(x))))
-NUMBER = st.integers(-10**6, 10**6).map(str) | st.floats(-1e6, 1e6).map("{:.3f}".format)
-BLANK = st.text(alphabet=" \t\n\r", min_size=1, max_size=4)
-DECORATION = st.text(alphabet="*_` \n", max_size=4)
-ODD_NUMBER = st.sampled_from(["+1", "+12", ".5", ".25", "7.", "10."])
 
 
 @grades("RewardConfig.parse")
@@ -1088,8 +1046,8 @@ def test_parse_by_hand(reply, score):
         is_read_as(config, reply, in_range)
 
 
-@given(*[DECORATION] * 4, st.sampled_from(["", *"\"'([{<“‘"]), st.integers(-9000, 9000),
-       st.sampled_from(["", ".", "e3", "/5", "`"]))
+@given(*[st.text(alphabet="*_` \n", max_size=4)] * 4, st.sampled_from(["", *"\"'([{<“‘"]),
+       st.integers(-9000, 9000), st.sampled_from(["", ".", "e3", "/5", "`"]))
 @example("", "", "", "", "", 1000, "e3")  # an exponent is no part of a number
 def test_a_decorated_number_is_read(one, two, three, four, opening, thousandths, end):
     """Markdown, white space and one opening bracket do not matter; the range does."""
@@ -1103,9 +1061,10 @@ def test_a_decorated_number_is_read(one, two, three, four, opening, thousandths,
     ("{{ reward }}", "12", 12), ("{{ reward }}", "a 12", 12), ("{{ reward }}", "3 or 45", 45),
     ("{{ reward }}", "x", None), ("{{ reward }} points", "12 points, not 3", 12),
     ("{{ reward }} points", "12points", 12),
-    ("{{ reward }}", "-1", -1), ("{{ reward }}", "2.5", 2.5), ("Score: {{ reward }}", "Score: [(4", None),
+    ("{{ reward }}", "-1", -1), ("{{ reward }}", "2.5", 2.5),
+    ("Score: {{ reward }}", "Score: [(4", None), ("Score ({{ reward }})", "Score (4)", 4),
     ("**Score:** {{ reward }}", "Score: 4", 4), ("final_score: {{ reward }}", "final_score: 4", 4),
-    ("= {{ reward }} of 5", "= 3 of 5, no: = 4 of 6", 3), ("Score ({{ reward }})", "Score (4)", 4)])
+    ("= {{ reward }} of 5", "= 3 of 5, no: = 4 of 6", 3)])
 def test_a_number_is_read_whole_and_between_its_words(template, reply, score):
     """Text before and after {{ reward }} must match, and "12" is not read as 2."""
     is_read_as(verdict(template), reply, score)
@@ -1172,14 +1131,16 @@ def test_the_judge_is_shown_each_prompt_with_its_response():
     """The judge sees each prompt beside its own response; rewards are in their order."""
     model = Scripted(lambda asked: f"Score: {len(asked)}")
     indented = dataclasses.replace(SCORE, prompt_template="  {{ prompt }} {{response}}\n")
-    found = srlm.judge(model, indented, ["ab", "{{ response }}", " ab"], ["d", "{{ prompt }}", "efg "])
+    responses = ["d", "{{ prompt }}", "efg "]
+    found = srlm.judge(model, indented, ["ab", "{{ response }}", " ab"], responses)
     same(sorted(model.seen), [" ab efg ", "ab d", "{{ response }} {{ prompt }}"],
          of="what the judge was shown")
     close(found, [4.0, 27.0, 8.0], 1e-5, of="rewards")
     following = torch.full((257,), srlm.EOS)
     following[[ord("r"), ord("\n")]] = torch.tensor([ord("\n"), ord("4")])  # the reply is "\n4"
     two_lines = nn.Embedding.from_pretrained(60 * torch.eye(257)[following])
-    close(srlm.judge(two_lines, verdict("{{ reward }}"), ["p"], ["r"]), [4.0], of="a score in line 2")
+    found = srlm.judge(two_lines, verdict("{{ reward }}"), ["p"], ["r"])
+    close(found, [4.0], of="a score in line 2")
     count = dataclasses.replace(SCORE, parse_reward=lambda reply: float(len(reply)))
     close(srlm.judge(model, count, ["p"], ["r"]), [8.0], 1e-5, of="rewards that are lengths")
     close(srlm.judge(model, SCORE, [], []), [], of="rewards of no responses")
@@ -1372,7 +1333,7 @@ def test_the_seed_decides_what_is_drawn():
 
 @grades("generate_preferences")
 def test_equal_tokens_are_no_pair():
-    """Two answers of equal tokens, or rewards that is_valid_pair refuses, are counted as invalid."""
+    """Answers of equal tokens, and rewards that is_valid_pair refuses, are counted as invalid."""
     rising = lambda prompts, responses: [*range(len(responses))]
     with pytest.raises(ValueError):
         write(reward_fn=rising, temperature=0)
@@ -1440,14 +1401,11 @@ def test_rewards_may_come_in_any_form():
 
 @given(SEEDS)
 def test_pairs_can_be_generated_twice(seed):
-    """A seed fixes the pairs, torch's generator keeps its state, and no tensors share storage."""
-    one = write(seed=seed)[0]
-    torch.rand(3)
-    state = torch.get_rng_state()
-    two, other = write(seed=seed)[0], write(seed=seed + 1)[0]
+    """A second call gives the same, torch's generator keeps its state, no tensors share storage."""
+    one, state = write(seed=seed)[0], torch.get_rng_state()
+    two = write(seed=seed)[0]
     same(torch.get_rng_state(), state)
     same([list(pair) for pair in two], [list(pair) for pair in one])
-    assert [pair.chosen.tolist() for pair in one] != [pair.chosen.tolist() for pair in other]
     rows = [ids for pair in one + two for ids in pair[:3]]
     assert len({ids.untyped_storage().data_ptr() for ids in rows}) == len(rows) > 9
     assert all(ids.untyped_storage().nbytes() == 8 * len(ids) for ids in rows)  # nor hold a batch
@@ -1546,21 +1504,6 @@ def test_judging_data_say_the_truth():
 
 # 8. Measuring -------------------------------------------------------------------------------------
 
-def judging_by_hand(truth, judged):
-    """Of one prompt, the numbers that each metric is the mean of, or NaN."""
-    # How each pair of scores compares: 1, -1, or 0 for a tie, as which NaN counts.
-    a, b = (np.array([[(x > y) - (x < y) for y in row] for x in row]) for row in (truth, judged))
-    hits = [(a[i, j] * b[i, j] + 1) / 2 for i in range(len(a)) for j in range(i) if a[i, j]]
-    top = max((x for x in judged if x == x), default=None)
-    is_best = top is not None and truth[judged.index(top)] == max(truth)
-    exact = [float(y == y and round(y) == x) for x, y in zip(truth, judged)]
-    with np.errstate(invalid="ignore"):  # if all scores are equal
-        spearman = np.corrcoef(a.sum(1), b.sum(1))[0, 1]  # a sum of signs is twice the rank
-        kendall = np.corrcoef(a.flatten(), b.flatten())[0, 1]
-    return {"judge_pairwise": hits, "judge_best5": [float(is_best)], "judge_exact": exact,
-            "judge_spearman": [spearman], "judge_kendall": [kendall]}
-
-
 @grades("judging_metrics")
 @given(SEEDS, st.integers(1, 5), st.integers(2, 6), st.sampled_from([0.0, 0.3]))
 def test_judging_metrics_are_what_the_loops_say(seed, prompts, n, silent):
@@ -1570,9 +1513,21 @@ def test_judging_metrics_are_what_the_loops_say(seed, prompts, n, silent):
     judged = rng.integers(0, 13, size=(prompts, n)) / 3
     judged[rng.random(judged.shape) < silent] = NAN
     found = srlm.judging_metrics(truth, judged)
-    by_hand = [judging_by_hand(*rows) for rows in zip(truth.tolist(), judged.tolist())]
-    for key in by_hand[0]:
-        values = [value for of_prompt in by_hand for value in of_prompt[key] if value == value]
+    by_hand = defaultdict(list)  # the numbers that each metric is the mean of, or NaN
+    for true, said in zip(truth.tolist(), judged.tolist()):
+        # How each pair of scores compares: 1, -1, or 0 for a tie, as which NaN counts.
+        a, b = (np.array([[(x > y) - (x < y) for y in row] for x in row]) for row in (true, said))
+        hits = [(a[i, j] * b[i, j] + 1) / 2 for i in range(n) for j in range(i) if a[i, j]]
+        by_hand["judge_pairwise"] += hits
+        top = max((x for x in said if x == x), default=None)
+        by_hand["judge_best5"] += [top is not None and true[said.index(top)] == max(true)]
+        by_hand["judge_exact"] += [y == y and round(y) == x for x, y in zip(true, said)]
+        with np.errstate(invalid="ignore"):  # if all scores are equal
+            ranks = np.corrcoef(a.sum(1), b.sum(1))  # a sum of signs is twice the rank
+            by_hand["judge_spearman"] += [ranks[0, 1]]
+            by_hand["judge_kendall"] += [np.corrcoef(a.flatten(), b.flatten())[0, 1]]
+    for key in by_hand:
+        values = [value for value in by_hand[key] if value == value]
         expected = np.mean(values) if values else None
         assert (found[key] is None) == (expected is None), f"{key}: {expected} | {found[key]}"
         close(found[key] or 0.0, expected or 0.0, 1e-5, of=key)
@@ -1601,42 +1556,29 @@ def test_judging_metrics_by_hand(truth, judged, expected):
 
 
 @grades("head_to_head")
-@given(SEEDS)
-def test_head_to_head_counts_both_ways(seed):
-    """Wins, ties and losses are counted answer by answer, and swap with the models."""
-    one, two = np.random.default_rng(seed).integers(0, 3, size=(2, 4, 5))
+@given(SEEDS, st.integers(1, 4), st.integers(1, 5), st.sampled_from([1, 2]))
+@example(0, 1, 1, 1)
+def test_head_to_head_counts_both_ways(seed, prompts, n, parts):
+    """Each answer wins, ties or loses; found are the shares of all, which swap with the models."""
+    one, two = np.random.default_rng(seed).integers(0, 3, size=(2, prompts, n)) / parts
     found, swapped = srlm.head_to_head(one, two), srlm.head_to_head(two.tolist(), one.tolist())
+    assert sorted(found) == ["lose", "tie", "win"]
     expected = [(one > two).mean(), (one == two).mean(), (one < two).mean()]
     close([found[key] for key in ("win", "tie", "lose")], expected, 1e-6, of="win, tie, lose")
     close([swapped[key] for key in ("lose", "tie", "win")], expected, 1e-6, of="lose, tie, win")
 
 
-@grades("head_to_head")
-@pytest.mark.parametrize("scores, others, expected", [
-    ([[5, 3]], [[4, 3]], [0.5, 0.5, 0.0]), ([[0, 0]], [[0, 0]], [0, 1, 0]),
-    ([[1.0], [2.0], [0.0]], [[0.5], [2.5], [1.0]], [1 / 3, 0, 2 / 3])])
-def test_head_to_head_by_hand(scores, others, expected):
-    """A tie is neither won nor lost, and the shares are of all answers."""
-    found = srlm.head_to_head(scores, others)
-    assert sorted(found) == ["lose", "tie", "win"]
-    close([found[key] for key in ("win", "tie", "lose")], expected, 1e-6, of="win, tie, lose")
-
-
-def reward_all(value):
-    reward_fn = lambda prompts, responses: [value] * len(responses)
-    return mock.Mock(side_effect=reward_fn, replies=["so it goes"])  # the replies of a judge
-
-
+reward_all = lambda value: mock.Mock(
+    side_effect=lambda prompts, responses: [value] * len(responses), replies=["so it goes"])
 CRAMPED = limited(HashModel(5), 6)
-BOTH = "{{ prompt }}{{ response }}"
-HAS = "%r has the variables %r, not %r"
+BOTH, REWARD = "{{ prompt }}{{ response }}", "{{ reward }}"
 NO_TEMPLATES = [
-    *((template, "{{ reward }}", HAS % (template, found, ["prompt", "response"]))
-      for template, found in (("{{ prompt }}", ["prompt"]), ("{{ response }}", ["response"]),
-                              (BOTH + "{{ d }}{{ c }}", ["c", "d", "prompt", "response"]))),
-    *((BOTH, verdict, HAS % (verdict, found, ["reward"]))
-      for verdict, found in (("Score", []), ("{{ reward }}{{ prompt }}", ["prompt", "reward"]))),
-    (BOTH, "{{ reward }}{{ reward }}", "'{{ reward }}{{ reward }}' has its variable more than once")]
+    ("{{ prompt }}", REWARD, "t }}' has the variables ['prompt'], not ['prompt', 'response']"),
+    ("{{ response }}", REWARD, "e }}' has the variables ['response'], not ['prompt', 'response']"),
+    (BOTH + "{{ b }}{{ a }}", REWARD, "has the variables ['a', 'b', 'prompt', 'response'], not"),
+    (BOTH, "Score", "'Score' has the variables [], not ['reward']"),
+    (BOTH, REWARD + "{{ a }}", "{{ a }}' has the variables ['a', 'reward'], not ['reward']"),
+    (BOTH, REWARD * 2, "'{{ reward }}{{ reward }}' has its variable more")]
 NO_REWARDS = [lambda x: x[:1], lambda x: torch.zeros(len(x), 2), lambda x: None, lambda x: "abc",
               lambda x: torch.tensor(x)[None]]
 NO_PICKS = [(-1, 0), (0, -1), (0, 4), (4, 0), (1, 1), (-4, -1), 3, (0, 1, 2), ("a", "b"), (0.5, 1),
@@ -1645,21 +1587,20 @@ NO_PROMPTS = ["sort", "sort a", "sort aa", "sort xyz", "dance ab", "", "sort ab 
 
 
 @pytest.mark.parametrize("call, words", [
-    *[(lambda template=template: srlm.TextFormat(chat_template=template), "chat_template")
+    *[(partial(srlm.TextFormat, chat_template=template), "chat_template")
       for template in ("no variable", "{{ prompt }} {{ x }}")],
     (lambda: TEXT.prompt_ids(torch.tensor([1, 2])), "prompt must be a str, not a Tensor"),
     (lambda: transformer(0)(torch.zeros(1, 13, dtype=torch.long)), "13.*12"),
     (lambda: srlm.ModelConfig(dim=10, heads=2), "dim=10.*4"),
     (lambda: srlm.top_k(torch.zeros(1, 3), 0), "top_k"),
     (lambda: srlm.top_p(torch.zeros(1, 3), NAN), "top_p"),
-    *[(lambda case=case: srlm.sample(CRAMPED, case[0], max_new_tokens=3, **case[1]), case[2])
+    *[(partial(srlm.sample, CRAMPED, case[0], max_new_tokens=3, **case[1]), case[2])
       for case in REFUSED],
-    (lambda: srlm.sample(CRAMPED, [[1]], max_new_tokens=0), "max_new_tokens=0"),
-    (lambda: srlm.sample(CRAMPED, [[1]], max_new_tokens=3, temperature=-1.0), "temperature"),
-    *[(lambda wrong=wrong: srlm.sample(CRAMPED, [[1]], max_new_tokens=3, logit_filter=wrong),
-       "token 0") for wrong in (lambda x: x * NAN, lambda x: x - INF)],
-    *[(lambda case=case: srlm.RewardConfig(*case[:2]), re.escape(case[2]))
-      for case in NO_TEMPLATES],
+    (partial(srlm.sample, CRAMPED, [[1]], max_new_tokens=0), "max_new_tokens=0"),
+    (partial(srlm.sample, CRAMPED, [[1]], max_new_tokens=3, temperature=-1.0), "temperature"),
+    *[(partial(srlm.sample, CRAMPED, [[1]], max_new_tokens=3, logit_filter=wrong), "token 0")
+      for wrong in (lambda x: x * NAN, lambda x: x - INF)],
+    *[(partial(srlm.RewardConfig, *case[:2]), re.escape(case[2])) for case in NO_TEMPLATES],
     (lambda: srlm.judge(HashModel(9), SCORE, ["p", "p"], ["r"]), "2 prompts but 1 responses"),
     (lambda: srlm.judge(limited(HashModel(257), 5), SCORE, ["p"], ["rr"]), "5 tokens.*5"),
     *[(lambda wrong=wrong: write(reward_fn=lambda *texts: wrong(ODD(*texts))), "reward function")
@@ -1670,9 +1611,8 @@ NO_PROMPTS = ["sort", "sort a", "sort aa", "sort xyz", "dance ab", "", "sort ab 
     (lambda: write(reward_fn=reward_all(NAN)), "'pairs': 0.*'unparsed': 7.*7 prompts.*so it goes"),
     (lambda: write(reward_fn=reward_all(1)), "'pairs': 0.*'tied': 7.*7 prompts.*so it goes"),
     (lambda: write(temperature=0, pick_pair=lambda rewards: (0, 1)), "'invalid': 7"),
-    *[(lambda prompt=prompt: WORLD.target(prompt), re.escape(repr(prompt)))
-      for prompt in NO_PROMPTS],
-    *[(lambda names=names: srlm.LetterWorld(names), "instructions") for names in (["dance"], [])],
+    *[(partial(WORLD.target, prompt), re.escape(repr(prompt))) for prompt in NO_PROMPTS],
+    *[(partial(srlm.LetterWorld, names), "instructions") for names in (["dance"], [])],
     (lambda: next(srlm.shuffled_batches([], 2, generator(0))), "no examples")])
 def test_an_error_names_what_is_wrong(call, words):
     """What cannot be right is refused with its name, and with the numbers that do not fit."""
@@ -1696,11 +1636,8 @@ for name, function in list(globals().items()):
 # ==================================================================================================
 
 import argparse
-import ast
 import concurrent.futures
 import difflib
-import errno
-import functools
 import gc
 import importlib.util
 import inspect
@@ -1743,6 +1680,7 @@ KINDS = {  # of each kind of stage its config, and the fields of a small one
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_preference_kind = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "sft"])
 failing = lambda error: mock.Mock(side_effect=error)
+item_loss = lambda model, ids, n: srlm.sft_loss(model, ids[None], torch.tensor([n]))
 
 
 def stage(kind, **fields):
@@ -1758,13 +1696,8 @@ def trainer(folder, stages, model=None, **how):
 
 
 weights = lambda model: {name: weight.clone() for name, weight in model.state_dict().items()}
-timeless = lambda records: [
-    {key: value for key, value in record.items() if key != "seconds"} for record in records]
-
-
-def moved(before, after):
-    """The names of the weights that differ."""
-    return {name for name in before if not before[name].equal(after[name])}
+moved = lambda before, after: {name for name in before if not before[name].equal(after[name])}
+timeless = lambda records: [{**record, "seconds": 0} for record in records]
 
 
 def run(stages, model=None, **how):
@@ -1865,7 +1798,13 @@ UNUSUAL = dict(  # another value of each field
     rewarding_model=Tiny(seed=5), reward_config=OTHER_JUDGE, n_judge_samples=1, max_judge_tokens=1,
     judge_temperature=0.2, judge_logit_filter=only("ab"),
     reward_model=lambda prompts, responses: [-reward for reward in ODD(prompts, responses)])
-usual_run = functools.cache(lambda kind: run([stage(kind, **USUAL)]))
+usual_run = cache(lambda kind: run([stage(kind, **USUAL)]))
+SENSELESS = dict(  # values that are refused
+    steps=[0, math.inf], batch_size=[0], learning_rate=[0.0, NAN], weight_decay=[-1],
+    warmup=[-0.1, 1.01, 100, NAN, math.inf], max_grad_norm=[0], max_epochs=[0], eval_mode=["best"],
+    eval_every=[0], patience=[0], checkpoint_every=[0], replay_weight=[-1.0], lam=[0.0],
+    beta=[0.0, -1], nll_weight=[-0.1], n_candidates=[1], n_pairs=[0], max_new_tokens=[0],
+    temperature=[-1], n_judge_samples=[0], max_judge_tokens=[0], judge_temperature=[-0.1])
 
 
 @pytest.mark.parametrize("kind, field", [(kind, field.name) for kind, (make, _) in KINDS.items()
@@ -1878,14 +1817,6 @@ def test_every_field_changes_what_happens(kind, field, tmp_path, monkeypatch):
     before = usual_run(kind)
     assert (records, list(saved)) != (before[0], list(before[2])) or moved(before[1], trained) \
         or os.listdir(tmp_path)
-
-
-SENSELESS = dict(
-    steps=[0, math.inf], batch_size=[0], learning_rate=[0.0, NAN], weight_decay=[-1],
-    warmup=[-0.1, 1.01, 100, NAN, math.inf], max_grad_norm=[0], max_epochs=[0], eval_mode=["best"],
-    eval_every=[0], patience=[0], checkpoint_every=[0], replay_weight=[-1.0], lam=[0.0],
-    beta=[0.0, -1], nll_weight=[-0.1], n_candidates=[1], n_pairs=[0], max_new_tokens=[0],
-    temperature=[-1], n_judge_samples=[0], max_judge_tokens=[0], judge_temperature=[-0.1])
 
 
 @every_kind
@@ -1905,9 +1836,8 @@ def test_defaults_are_those_of_the_papers():
     dpo = srlm.SelfRewardDPOConfig(prompt_dataset=WORDS)
     spin = srlm.SelfPlayConfig(train_dataset=ITEMS)
     assert (dpo.n_candidates, dpo.n_judge_samples, dpo.pick_pair) == (4, 3, srlm.pick_best_worst)
-    assert dpo.beta == spin.lam == 0.1 and dpo.replay_dataset is spin.replay_dataset is None
-    assert dpo.nll_weight == 0 and srlm.judge.__kwdefaults__["n_samples"] == 3
-    assert srlm.generate_preferences.__kwdefaults__["n_candidates"] == 4
+    assert dpo.beta == spin.lam == 0.1 and dpo.nll_weight == 0
+    assert dpo.replay_dataset is spin.replay_dataset is None
 
 
 def returning(wrap):
@@ -1941,18 +1871,13 @@ NEW_NAMES = {"dpo_beta": "beta", "num_train_steps": "steps", "spin_λ": "lam"}  
     (["self-reward"], dict(prompt_dataset=["b", "c" * 20], max_judge_tokens=9), SHORT_MODEL,
      "prompt_dataset: item 1, .*: 2[0-9] tokens.*max_seq_len=20"),
     (["self-reward"], dict(reward_config="other"), dict(self_reward_prompt_config={"one": JUDGE}),
-     r"stage 0 \(self-reward\): .*'other'.*one")])
+     r"stage 0 \(self-reward\): .*'other'.*one"),
+    (["self-reward"], dict(prompt_dataset=WORDS * 1000), dict(self_reward_prompt_config=SCORE),
+     r"stage 0 \(self-reward\): .*no score to any .*16.*\[('[a-h]*',? ?){3}\]")])  # three replies
 def test_what_cannot_work_is_refused_before_any_work(kinds, fields, how, words):
-    """Old names, an impossible EOS, no logits, no room, or an unknown judge is refused."""
+    """Old names, an impossible EOS, no logits, no room, and an unknown or a useless judge."""
     for kind in kinds:
         assert re.search(words, refusal(lambda: [stage(kind, **fields)], **how))
-
-
-def test_a_judge_that_never_scores_is_quoted_and_named():
-    """If the first replies hold no score, the stage ends with an error that quotes replies."""
-    found = refusal(lambda: [stage("self-reward", prompt_dataset=WORDS * 1000)],
-                    self_reward_prompt_config=SCORE)
-    assert re.search(r"stage 0 \(self-reward\): .*no score to any .*16.*\[('[a-h]*',? ?){3}\]", found)
 
 
 @every_kind
@@ -1982,9 +1907,6 @@ def train_by_hand(model, loss_fn, config):
         optimizer.step()
         losses.append(loss.item())
     return np.mean(losses[-20:])
-
-
-item_loss = lambda model, ids, n: srlm.sft_loss(model, ids[None], torch.tensor([n]))
 
 
 @given(st.integers(1, 30), st.floats(0, 1), st.sampled_from([0.0, 0.3]),
@@ -2086,18 +2008,15 @@ def test_at_most_one_copy_of_the_weights_is_alive(kind):
     assert counts == [4, 5, 5]
 
 
-class Listening(Tiny):
-    """Remembers the texts that it continues."""
-
-    heard = frozenset()
-
-    def next_token_logits(self, ids, lengths):
-        self.heard |= {DECODE(row[:length]) for row, length in zip(ids, lengths)}
-        return self(ids)[torch.arange(len(ids)), lengths - 1]
-
-
 def test_the_writer_sees_the_chat_template_and_the_judge_the_raw_prompt():
     """Each sees its own template, and draws as many texts, as long and filtered as fields say."""
+    class Listening(Tiny):
+        heard = frozenset()  # the texts that it has continued
+
+        def next_token_logits(self, ids, lengths):
+            self.heard |= {DECODE(row[:length]) for row, length in zip(ids, lengths)}
+            return self(ids)[torch.arange(len(ids)), lengths - 1]
+
     writer, judge, replies = Listening(), Listening(), []
     words = "|".join(WORDS[:4])  # the first four prompts, which give the two pairs asked for
     count = lambda reply: float(len(replies.append(reply) or replies))
@@ -2133,29 +2052,43 @@ def test_the_stages_of_the_paper(tmp_path):
             trainer(tmp_path, stages)
 
 
-def test_the_built_in_model_samples_and_trains_in_bfloat16():
-    """Stages of all kinds run in bfloat16, and leave the weights in it."""
-    config = srlm.ModelConfig(9, 8, 1, 1, 30)
-    model = srlm.Transformer(config, generator(0)).to(torch.bfloat16)
+class Apple(TorchFunctionMode):
+    """The CPU in the clothes of Apple's GPU: the same device name, and no float64."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function == torch.Tensor.device.__get__:
+            return torch.device("mps")
+        real = lambda x: torch.device("cpu") if isinstance(x, torch.device) else x
+        kwargs = {key: real(value) for key, value in (kwargs or {}).items()}
+        found = function(*map(real, args), **kwargs)
+        if isinstance(found, torch.Tensor) and found.dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64")
+        return found
+
+
+@pytest.mark.parametrize("where, device, dtype", [
+    (Apple, "mps", torch.float32), (contextlib.nullcontext, "cpu", torch.bfloat16)])
+def test_all_stages_run_without_float64_and_in_bfloat16(where, device, dtype):
+    """All stages write, judge and train in bfloat16, or on a device that lacks float64."""
+    model = srlm.Transformer(srlm.ModelConfig(9, 8, 1, 1, 30), generator(0)).to(dtype)
     before = weights(model)
-    records, after, _ = run([stage(kind, learning_rate=0.1) for kind in KINDS], model)
+    with where():
+        assert srlm.device_of(model).type == device
+        records, after, _ = run([stage(kind, learning_rate=0.1) for kind in KINDS], model)
     assert all(math.isfinite(record["loss"]) for record in records) and moved(before, after)
-    assert {weight.dtype for weight in after.values()} == {torch.bfloat16}
-
-
-class PoliteWorld(srlm.LetterWorld):
-    """A world of one's own: say "ok!", not "ok", as half of the demonstrations do."""
-
-    CHAT_TEMPLATE, max_new_tokens = "{{ prompt }}>", 4
-    JUDGE = srlm.RewardConfig("{{ prompt }}?{{ response }}=", "{{ reward }}", None, (0, 5))
-    score = lambda self, prompt, response: {"ok!": 5, "ok": 3}.get(response, 0)
-    verdict = lambda self, prompt, response: str(self.score(prompt, response))
-    demonstrate = lambda self, prompt, rng: rng.choice(["ok", "ok!"])
-    make_up = lambda self, prompt, rng: rng.choice(["ok!", "ok", "o", "no", ""])
+    assert {weight.dtype for weight in after.values()} == {dtype}
 
 
 def test_the_recipe_runs_in_a_world_of_ones_own(tmp_path, monkeypatch):
     """The recipe improves on the demonstrations of any world; no true score grades a pair."""
+    class PoliteWorld(srlm.LetterWorld):  # say "ok!", not "ok", as half of the demonstrations do
+        CHAT_TEMPLATE, max_new_tokens = "{{ prompt }}>", 4
+        JUDGE = srlm.RewardConfig("{{ prompt }}?{{ response }}=", "{{ reward }}", None, (0, 5))
+        score = lambda self, prompt, response: {"ok!": 5, "ok": 3}.get(response, 0)
+        verdict = lambda self, prompt, response: str(self.score(prompt, response))
+        demonstrate = lambda self, prompt, rng: rng.choice(["ok", "ok!"])
+        make_up = lambda self, prompt, rng: rng.choice(["ok!", "ok", "o", "no", ""])
+
     def generate(*args, generate=srlm.generate_preferences, **how):
         with mock.patch.object(PoliteWorld, "score", failing(AssertionError("score was asked"))):
             return generate(*args, **how)
@@ -2171,40 +2104,12 @@ def test_the_recipe_runs_in_a_world_of_ones_own(tmp_path, monkeypatch):
 
 # 10. Training data --------------------------------------------------------------------------------
 
-class Listed(torch.utils.data.Dataset):
-    """A torch Dataset: it has a length and an index, but no slices, and never raises IndexError."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        assert isinstance(index, int) and 0 <= index < len(self.rows), index
-        return self.rows[index]
-
-
+# A Dataset has a length and an index, but no slices, and need not raise IndexError: as this has.
+Listed = lambda rows: UserDict(enumerate(rows))
 every_data_field = pytest.mark.parametrize("kind, field, rows", [
     ("sft", "train_dataset", ITEMS), ("spin", "train_dataset", ITEMS),
     ("self-reward", "prompt_dataset", WORDS), ("external-reward", "prompt_dataset", WORDS),
     ("external-reward", "replay_dataset", ITEMS), ("dpo", "pair_dataset", PAIRS)])
-
-
-@every_data_field
-def test_the_form_of_a_data_set_does_not_matter(kind, field, rows):
-    """Lists, tuples, Datasets or functions, and ids of any integer type, train to the same bits."""
-    forms = [tuple(rows), Listed(rows), lambda model: Listed(rows)]
-    if rows is ITEMS:
-        forms += [[(ids.tolist(), n) for ids, n in ITEMS],
-                  [(ids.numpy(), np.int64(n)) for ids, n in ITEMS],
-                  [(ids.int(), torch.tensor(n)) for ids, n in ITEMS]]
-    records, expected, _ = run([stage(kind, **{field: rows})])
-    for form in forms:
-        found, trained, _ = run([stage(kind, **{field: form})])
-        assert found == records and not moved(trained, expected)
-
-
 pair = lambda *parts: srlm.PreferencePair(*map(torch.tensor, parts))
 ITEM = torch.tensor([1, 2, 3])
 BAD_ITEMS = [  # an entry, and what the complaint says of it
@@ -2222,6 +2127,23 @@ BAD_PAIRS = [("abc", "abc"), (7, "7"), (None, "None"), (dict(prompt="a", chosen=
              (pair([1], [9], [2]), "9"), (pair([1], [-1], [2]), "-1"), (("a", "b", "b"), "equal"),
              (pair([1], [1.5], [2]), "1.5"), (pair([1], [2] * 30, [2]), "30"),
              (pair([1], [], [2]), "0")]
+
+
+@every_data_field
+def test_the_form_of_a_data_set_does_not_matter(kind, field, rows):
+    """Lists, Datasets, functions, ids of any integer type, dicts: all train to the same bits."""
+    forms = [tuple(rows), Listed(rows), lambda model: Listed(rows)]
+    if rows is PAIRS:
+        names = "prompt", "chosen", "rejected", "source"  # as in a row of Hugging Face's
+        forms += [[dict(zip(names, (*row, "x"))) for row in PAIRS]]
+    if rows is ITEMS:
+        forms += [[(ids.tolist(), n) for ids, n in ITEMS],
+                  [(ids.numpy(), np.int64(n)) for ids, n in ITEMS],
+                  [(ids.int(), torch.tensor(n)) for ids, n in ITEMS]]
+    records, expected, _ = run([stage(kind, **{field: rows})])
+    for form in forms:
+        found, trained, _ = run([stage(kind, **{field: form})])
+        assert found == records and not moved(trained, expected)
 
 
 @every_data_field
@@ -2285,7 +2207,7 @@ def test_no_function_changes_its_arguments(tmp_path):
     rows, model, pairs = ragged(np.random.default_rng(0), 3, 9, low=2), HashModel(9), write()[0]
     ids, lens, logits = pad(rows, 9), torch.tensor([1, 0, 1]), torch.randn(3, 9)
     four, scores = [torch.randn(3) for _ in range(4)], np.array([[3.0, 1, 4, 1], [5, 9, 2, 6]])
-    sample = functools.partial(srlm.sample, max_new_tokens=3, pad_id=9)
+    sample = partial(srlm.sample, max_new_tokens=3, pad_id=9)
     for function, *arguments in [
             (srlm.top_k, logits, 2), (srlm.top_p, logits, 0.5), (sample, model, rows),
             (sample, model, ids), (srlm.token_logprobs, model, ids, 9),
@@ -2302,7 +2224,7 @@ def test_no_function_changes_its_arguments(tmp_path):
 @given(SEEDS, st.integers(1, 6))
 def test_proposed_prompts_are_new_valid_and_counted(seed, n):
     """New prompts are written where the chat template has them, until n are valid, and counted."""
-    propose = functools.partial(srlm.propose_prompts, HashModel(9, seed % 1000), n)
+    propose = partial(srlm.propose_prompts, HashModel(9, seed % 1000), n)
     found, counts = propose(known=["a", "b"], text=TEXT, max_new_tokens=6, max_tries=5,
                             is_valid=lambda prompt: "c" not in prompt, generator=generator(seed))
     assert len(found) == len(set(found)) <= n and not {"a", "b"} & set(found)
@@ -2322,17 +2244,6 @@ def test_mock_data_sets():
 
 # 11. Early stopping and history -------------------------------------------------------------------
 
-def early_stopping_rule(values, mode, patience):
-    """How many values are looked at, and which is the first best one (None: all are NaN)."""
-    sign, best = (1 if mode == "max" else -1), None
-    for i, value in enumerate(values):
-        if not math.isnan(value) and (best is None or sign * value > sign * values[best]):
-            best = i
-        if patience == (i + 1 if best is None else i - best):
-            break
-    return i + 1, best
-
-
 @given(st.lists(st.sampled_from([NAN, -1, 0.0, 1, 2.5]), min_size=1, max_size=7),
        st.sampled_from(["max", "min"]), st.sampled_from([None, 1, 2, 3]), st.integers(1, 3),
        st.sampled_from([float, torch.tensor, lambda x: x]))
@@ -2344,7 +2255,12 @@ def test_early_stopping_follows_its_rule(values, mode, patience, every, form):
     (record,), trained, saved = run([stage(
         "sft", steps=every * len(values), eval_fn=evaluation, eval_every=every, eval_mode=mode,
         patience=patience)])
-    looks, best = early_stopping_rule(values, mode, patience)
+    sign, best = (1 if mode == "max" else -1), None  # the index of the first best one
+    for looks, value in enumerate(values, 1):
+        if value == value and (best is None or sign * value > sign * values[best]):
+            best = looks - 1
+        if patience == (looks if best is None else looks - 1 - best):
+            break
     assert len(seen) == looks and record["steps"] == every * looks
     same([trained, saved["0.sft.pt"]], [seen[-1 if best is None else best]] * 2)
 
@@ -2403,7 +2319,12 @@ def except_at(call, good, bad):
 
 draw = lambda model: {"draw": float(torch.rand(())), "weight": float(model.embedding.weight.sum())}
 EVERY_KIND = [stage(kind, replay_dataset=ITEMS) for kind in KINDS]
-undisturbed = functools.cache(lambda: run(EVERY_KIND, evaluate=draw))
+undisturbed = cache(lambda: run(EVERY_KIND, evaluate=draw))
+IDS, LENGTH = ITEMS[0]
+LISTED = Listed([(ids.tolist(), n) for ids, n in ITEMS])
+LATER_JUDGE = dataclasses.replace(JUDGE, prompt_template="{{ prompt }}b{{ response }}")
+contents = lambda folder: {path.name: path.read_bytes() for path in folder.iterdir()}
+FOREIGN = ["mine.pt", "0.mine.pt", "0.sft.txt", "x0.sft.pt", "0.sft.pt.damaged"]  # not srlm's names
 
 
 @pytest.mark.parametrize("at", range(len(KINDS)))
@@ -2413,7 +2334,7 @@ undisturbed = functools.cache(lambda: run(EVERY_KIND, evaluate=draw))
     ("evaluate", lambda model: None, None), ("evaluate", lambda model: 7, None),
     ("evaluate", lambda model: {"x": {1}}, r"stage \d \(.*\).*\{1\}.*JSON"),
     ("evaluate", lambda model: {(1, 2): 3}, r"stage \d \(.*\).*JSON"),
-    ("fsync", failing(OSError(errno.ENOSPC, "No space left")), r"cannot write .*\.pt.*: .*No space")])
+    ("fsync", failing(OSError("No space left")), r"cannot write .*\.pt.*: .*No space")])
 @pytest.mark.filterwarnings("ignore:nothing to resume")
 def test_a_run_that_broke_off_resumes_to_the_same_bits(where, what, words, at, tmp_path):
     """A resume goes on after the last finished stage, and ends as if nothing had happened."""
@@ -2459,12 +2380,11 @@ def test_a_run_that_was_killed_again_and_again_ends_in_the_same_bits(delays, see
     assert timeless(found) == records and not moved(weights(model), expected)
 
 
-class Bomb:
-    __reduce__ = lambda self: (os.mkdir, ("exploded",))
-
-
 def test_a_damaged_checkpoint_is_named_and_left_alone(tmp_path, monkeypatch):
     """A damaged file is to be deleted, a foreign one is named, and no code in a file runs."""
+    class Bomb:
+        __reduce__ = lambda self: (os.mkdir, ("exploded",))
+
     monkeypatch.chdir(tmp_path)
     torch.save({"format": "srlm 3", "model": Bomb()}, "bomb.pt")
     torch.save({"weights": torch.zeros(1)}, "other.pt")
@@ -2478,9 +2398,9 @@ def test_a_damaged_checkpoint_is_named_and_left_alone(tmp_path, monkeypatch):
     damaged += [whole[:middle] + flipped + whole[middle + 50 :]]
     for content in (*damaged, bomb, other):
         path.write_bytes(content)
-        words = "0.sft.pt.*delete it and those of later stages" if content in damaged else "0.sft.pt"
+        advice = ".*delete it and those of later stages" if content in damaged else ""
         for read in (srlm.load_checkpoint, srlm.load_model, lambda path: run_again(resume=True)):
-            with pytest.raises(ValueError, match=words):
+            with pytest.raises(ValueError, match="0.sft.pt" + advice):
                 read(path)
         assert path.read_bytes() == content and not os.path.exists("exploded")
 
@@ -2493,10 +2413,6 @@ def test_a_loss_that_is_not_finite_stops_with_stage_and_step(tmp_path):
     assert os.listdir(tmp_path) == ["0.sft.pt"]
     records = trainer(tmp_path, [stage("sft"), stage("spin", steps=5)])(resume=True)
     assert [record["steps"] for record in records] == [3, 5]
-
-
-contents = lambda folder: {path.name: path.read_bytes() for path in folder.iterdir()}
-FOREIGN = ["mine.pt", "0.mine.pt", "0.sft.txt", "x0.sft.pt", "0.sft.pt.damaged"]  # not srlm's names
 
 
 @pytest.mark.parametrize("overwrite, clear", [(False, "0"), (True, "0"), (False, "1")])
@@ -2525,13 +2441,6 @@ def two_stages(folder, sft={}, later={}, **how):
     later = {"replay_dataset": ITEMS, "reward_config": JUDGE, **later}
     stages = [stage("sft", **sft), stage("self-reward", **later)]
     return trainer(folder, stages, **{"settings": {"data": "mine"}, **how})
-
-
-IDS, LENGTH = ITEMS[0]
-LISTED = Listed([(ids.tolist(), n) for ids, n in ITEMS])
-
-
-LATER_JUDGE = dataclasses.replace(JUDGE, prompt_template="{{ prompt }}b{{ response }}")
 
 
 @pytest.mark.parametrize("changed, words", [
@@ -2571,7 +2480,7 @@ def test_a_model_is_loaded_as_it_was_saved(tmp_path):
     assert loaded.config == config and not loaded.training
     same(loaded(ids), model(ids))
     wider = srlm.Transformer(dataclasses.replace(config, mlp_ratio=3))
-    with pytest.raises(ValueError, match=r"0\.sft\.pt was .*'mlp_ratio': 2.*, not .*'mlp_ratio': 3"):
+    with pytest.raises(ValueError, match=r"0\.sft\.pt was .*'mlp_ratio': 2.*not .*'mlp_ratio': 3"):
         trainer(tmp_path, [stage("sft"), stage("spin")], wider)(resume=True)
     trainer(tmp_path / "tiny", [stage("sft")])()
     with pytest.raises(ValueError, match="another kind of model"):
@@ -2588,8 +2497,7 @@ def test_what_a_resume_reports_again_shortens_no_metrics(tmp_path):
         board = srlm.Scoreboard(srlm.LetterWorld(n_eval=1), TEXT, [], None, tmp_path)
         for number, value in enumerate(seconds):
             board.report({"stage": number, "seconds": value})
-        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line)["seconds"] for line in lines[1:]]
+        return [line["seconds"] for line in metrics(tmp_path)[1:]]
 
     assert report(1.0, 2.0, 3.0) == [1.0, 2.0, 3.0]
     assert report(1.0, 2.0) == [1.0, 2.0, 3.0]
@@ -2597,9 +2505,9 @@ def test_what_a_resume_reports_again_shortens_no_metrics(tmp_path):
 
 
 # Jobs: programs that run in the background --------------------------------------------------------
-# A program that takes more than a few seconds is a job. @needs says which job a test needs. Two
-# threads run those of the selected tests, in their order, each in a process and a folder of its
-# own, beside pytest. job(name) waits for the end of one and returns its folder and output.
+# A program that takes more than a few seconds is a job, which a test names by a default argument.
+# Two threads run the jobs of the selected tests, in their order, each in a process and a folder of
+# its own, beside pytest. job(name) waits for the end of one and returns its folder and output.
 
 HERE, SCRIPT = Path(__file__).resolve().parent, Path(srlm.__file__).resolve()
 PATHS = [str(SCRIPT.parent), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -2615,16 +2523,9 @@ JOBS = {  # in the order in which they run; arguments of python
     "faults": [Path(__file__).resolve(), "faults"]}
 
 
-def needs(name):
-    def mark(test):
-        test.job = name
-        return test
-    return mark
-
-
 @pytest.fixture(scope="session", autouse=True)
 def job(request, tmp_path_factory):
-    base, running, started = tmp_path_factory.mktemp("jobs"), [], {}
+    base, running = tmp_path_factory.mktemp("jobs"), []
 
     def work(name):
         (base / name).mkdir()
@@ -2632,10 +2533,8 @@ def job(request, tmp_path_factory):
             process = subprocess.Popen(
                 [sys.executable, *map(str, JOBS[name])], cwd=base / name, env=ENVIRONMENT,
                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
-            running.append(process)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                return process.wait(timeout=300)
-            process.terminate()
+        running.append(process)
+        return process.wait(timeout=300)
 
     def finished(name, expected_code=0):
         code = started[name].result()
@@ -2644,9 +2543,9 @@ def job(request, tmp_path_factory):
         return base / name, output
 
     tests = [getattr(item, "function", None) for item in request.session.items]
-    needed = {getattr(test, "job", None) for test in tests}
+    needed = {name for test in tests for name in getattr(test, "__defaults__", None) or ()}
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        started |= {name: threads.submit(work, name) for name in JOBS if name in needed}
+        started = {name: threads.submit(work, name) for name in JOBS if name in needed}
         yield finished
         threads.shutdown(wait=False, cancel_futures=True)  # matters where pytest stops early
         for process in running:
@@ -2657,7 +2556,7 @@ def job(request, tmp_path_factory):
 
 read_rows = lambda path: srlm.read_jsonl(path, ["prompt", "score"])
 read_pairs = lambda path: srlm.load_pairs(path, TEXT)
-GOOD = '{"prompt": "a", "chosen": "b", "rejected": ""}'
+GOOD, GOOD_ROW = '{"prompt": "a", "chosen": "b", "rejected": ""}', '{"prompt": "a", "score": 1}'
 
 
 def test_saved_pairs_are_read_back(tmp_path):
@@ -2667,7 +2566,7 @@ def test_saved_pairs_are_read_back(tmp_path):
     assert os.listdir(path.parent) == ["pairs.jsonl"]
     for found, pair in zip(srlm.load_pairs(path, TEXT), pairs, strict=True):
         same(found._asdict(), pair._asdict())
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [*map(json.loads, path.read_text().splitlines())]
     for row, pair in zip(rows, pairs, strict=True):
         assert row == {
             "prompt": DECODE(pair.prompt), "score_chosen": pair.chosen_reward,
@@ -2689,9 +2588,10 @@ def test_other_files_are_read(tmp_path):
     assert rows == [("ä", "b", 4.5), ("c", "d", 0)]
 
 
-@pytest.mark.parametrize("read, line, reason", [
+@pytest.mark.parametrize("read, content, reason", [  # a line that follows a good one, or a file
     *((read, *row) for read in (read_rows, read_pairs)
-      for row in (("{", "Expecting"), ("[1]", "not an object"), ("\udcff", "decode byte 0xff"))),
+      for row in (("{", "Expecting"), ("[1]", "not an object"),
+                  ("missing", ""), (b"\n\n", ""), ("\udcff", "decode byte 0xff"))),
     (read_rows, '{"prompt": "a"}', r"fields are \['prompt'\], not"),
     (read_rows, '{"prompt": "a", "score": 1, "x": 1}', "fields are .*'x'.*, not"),
     (read_rows, '{"prompt": 3, "score": 1}', "prompt is 3"),
@@ -2701,23 +2601,17 @@ def test_other_files_are_read(tmp_path):
     (read_pairs, '{"prompt": "a"}', "chosen is None"),
     (read_pairs, GOOD.replace('""', "1"), "rejected is 1"),
     (read_pairs, GOOD.replace("}", ', "score_chosen": "x"}'), "could not .*'x'")])
-def test_an_error_in_a_file_names_file_line_and_reason(read, line, reason, tmp_path):
-    """A line that cannot be used is an error that says which file, which line, and why."""
-    good = '{"prompt": "a", "score": 1}' if read is read_rows else GOOD
-    written = f"{good}\n{line}\n".encode(errors="surrogateescape")  # "\udcff" is the byte ff
-    (tmp_path / "bad.jsonl").write_bytes(written)
-    with pytest.raises(ValueError, match=f"bad.jsonl, line 2: .*{reason}"):
-        read(tmp_path / "bad.jsonl")
-
-
-@pytest.mark.parametrize("read", [read_rows, read_pairs])
-@pytest.mark.parametrize("content", ["missing", b"\n\n"])
-def test_a_file_without_a_line_is_refused(read, content, tmp_path):
-    """A file that is missing or empty is an error that names it."""
-    if content != "missing":
-        (tmp_path / "bad.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match="bad.jsonl"):
-        read(tmp_path / "bad.jsonl")
+def test_an_error_in_a_file_names_file_line_and_reason(read, content, reason, tmp_path):
+    """A file that is missing or empty is named; of a bad line also number and reason."""
+    path, words = tmp_path / "bad.jsonl", "bad.jsonl"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content != "missing":
+        lines = f"{GOOD_ROW if read is read_rows else GOOD}\n{content}\n"
+        path.write_bytes(lines.encode(errors="surrogateescape"))  # "\udcff" is the byte ff
+        words = f"bad.jsonl, line 2: .*{reason}"
+    with pytest.raises(ValueError, match=words):
+        read(path)
 
 
 SHORT = ("--base-steps 1 --sft-steps 1 --dpo-steps 1 --demonstrations 40 --judgements 8 "
@@ -2728,6 +2622,9 @@ SAY = [f"say {i}" for i in range(60)]  # "say 1" is not held out
 LEARNED = [prompt for prompt in SAY if not HELD_OUT(prompt)]
 rows = lambda prompts, **fields: [{"prompt": prompt, **fields} for prompt in prompts]
 YES = rows(SAY, response="yes")
+TOO_LONG = [*YES, *rows(["p" * 99], response="r")]
+FIELDS = {"sft": dict(response="r"), "judged": dict(response="r", score=1), "prompts": {}}
+SOME = st.lists(st.sampled_from(SAY), max_size=20)
 
 
 def own_files(folder, **files):
@@ -2755,9 +2652,6 @@ def refused(capsys, *argv):
     assert end.value.code == 2 and error.startswith("srlm")
     assert all(line.startswith(("warning: ", "usage: ", "   ")) for line in before)
     return error
-
-
-SOME = st.lists(st.sampled_from(SAY), max_size=20)
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=5).filter(str.strip),
@@ -2810,7 +2704,7 @@ def test_what_a_tokenizer_may_lose_is_a_warning(tmp_path):
     no_digits = lambda ids: re.sub("[0-9]", "", srlm.decode(ids))
     pair = srlm.PreferencePair(torch.tensor(srlm.encode("> 1 + 2\n")), *torch.tensor([[97], [98]]))
     save = lambda **how: srlm.save_pairs(tmp_path / "pairs.jsonl", [pair], srlm.TextFormat(**how))
-    make = functools.partial(srlm.SelfRewardingTrainer, Tiny(), [stage("sft")])
+    make = partial(srlm.SelfRewardingTrainer, Tiny(), [stage("sft")])
     with pytest.warns(UserWarning, match="pairs.jsonl.*lose tokens"):
         save(decode=no_digits)
     with pytest.warns(UserWarning, match="eos_id=256.*your tokenizer"):
@@ -2830,10 +2724,6 @@ def test_each_stage_draws_some_of_your_prompts():
     drawn = [set(worlds[0].prompts(20, f"stage {i}")) for i in range(30)]
     assert drawn[2] != drawn[3] and set.union(*drawn) == set(LEARNED)
     own_data("--stage-prompts", len(LEARNED), sft=YES)
-
-
-TOO_LONG = [*YES, *rows(["p" * 99], response="r")]
-FIELDS = {"sft": dict(response="r"), "judged": dict(response="r", score=1), "prompts": {}}
 
 
 @pytest.mark.parametrize("files, argv, says", [
@@ -2871,13 +2761,6 @@ def test_your_own_data_take_the_place_of_the_world(tmp_path, capsys):
     assert "no preference pair" in refused(capsys, *argv, "--stages", "sft,self", "--resume")
 
 
-def test_pairs_of_texts_may_be_triples_or_dicts():
-    """A pair of texts is a triple, or a dict with its names, as a row of a Hugging Face data set is."""
-    row = dict(prompt="a", chosen="b", rejected="cd", source="x")
-    read = lambda entry: srlm.checked_data(srlm.DPOConfig(pair_dataset=[entry]), "pair_dataset", Tiny(), TEXT)
-    same([list(pair) for pair in read(row)], [list(pair) for pair in read(("a", "b", "cd"))])
-
-
 def test_the_held_out_loss_is_cut_by_tokens(tmp_path):
     """However many examples are held out, a forward pass of the loss has at most 4,096 tokens."""
     prompts = map("say {}".format, range(400))
@@ -2892,8 +2775,9 @@ def test_the_held_out_loss_is_cut_by_tokens(tmp_path):
 
 # 14. The command line -----------------------------------------------------------------------------
 
-metrics = lambda folder: [
-    json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+metrics = lambda folder: [*map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
+KEYS = {*("stage kind model seconds loss oracle_score oracle_greedy perfect_rate self_score win "
+          "tie lose judge_pairwise judge_best5 judge_exact judge_spearman judge_kendall").split()}
 
 
 @pytest.fixture(scope="module")
@@ -3033,7 +2917,7 @@ def test_a_closed_pipe_ends_no_run(small, tmp_path):
     """Without a reader, as after `| head -1`, a command does its work and ends in silence."""
     reader, writer = os.pipe()
     os.close(reader)
-    begin = functools.partial(subprocess.Popen, stdout=writer, stderr=subprocess.PIPE)
+    begin = partial(subprocess.Popen, stdout=writer, stderr=subprocess.PIPE)
     processes = [begin([sys.executable, SCRIPT, *argv]) for argv in (
         ["ask", small / "1.sft.pt", b"sort \xff\xc3\xa9"],
         [*SMALL, "--stages", "sft,spin", "--checkpoints", tmp_path])]
@@ -3116,17 +3000,21 @@ def test_idle_threads_sleep_unless_the_user_wants_them_to_spin():
             assert os.environ["OMP_WAIT_POLICY"] == policy
 
 
-KEYS = {*("stage kind model seconds loss oracle_score oracle_greedy perfect_rate self_score win "
-          "tie lose judge_pairwise judge_best5 judge_exact judge_spearman judge_kendall").split()}
-
-
-@needs("quick")
-def test_a_quick_run_leaves_its_models_and_metrics(job):
-    """A run leaves a checkpoint of every stage and a line of metrics for every model."""
-    folder, kinds = job("quick")[0] / "run", ["sft", "sft", "self-reward", "self-reward"]
+def test_a_quick_run_leaves_its_models_and_metrics(job, name="quick"):
+    """A run leaves a checkpoint of every stage, and a line and a table row for every model."""
+    folder, printed = job(name)
+    kinds = ["sft", "sft", "self-reward", "self-reward"]
     checkpoints = [f"{i}.{kind}.pt" for i, kind in enumerate(kinds)]
-    assert sorted(os.listdir(folder)) == [*checkpoints, "metrics.jsonl"]
-    first, *lines = metrics(folder)
+    assert sorted(os.listdir(folder / "run")) == [*checkpoints, "metrics.jsonl"]
+    first, *lines = metrics(folder / "run")
+    forms = dict(oracle_score=".2f", oracle_greedy=".2f", perfect_rate=".0%", self_score=".2f")
+    for line in (first, *lines):
+        row = re.search(rf"^{line['model']} .*$", printed, re.MULTILINE)[0].split()
+        assert row[1:5] == ["-" if line.get(key) is None else format(line[key], form)
+                            for key, form in forms.items()]
+    assert re.search(r"\n +true score +greedy +perfect +self-score .* judge .* seconds\n", printed)
+    assert int(re.search(r"M3 against M1: win (\d+)%", printed)[1]) > 50
+    assert f"ask run{os.sep}3.self-reward.pt" in printed
     assert first["model"] == "demonstrations" and abs(first["oracle_score"] - 3.03) < 0.2
     assert [line["kind"] for line in lines] == kinds
     for i, line in enumerate(lines):
@@ -3140,34 +3028,18 @@ def test_a_quick_run_leaves_its_models_and_metrics(job):
         close(line["win"] + line["tie"] + line["lose"], 1)
 
 
-@needs("quick")
-def test_self_reward_beats_the_demonstrations_and_imitation(job):
+def test_self_reward_beats_the_demonstrations_and_imitation(job, name="quick"):
     """M1, which imitates the demonstrations, scores less than they do; M2 and M3 score more."""
-    demonstrations, _, m1, m2, m3 = metrics(job("quick")[0] / "run")
+    demonstrations, _, m1, m2, m3 = metrics(job(name)[0] / "run")
     for key in ("oracle_score", "oracle_greedy"):
         assert m2[key] > m1[key] + 0.3
     assert m2["win"] > m2["lose"] and m1["judge_pairwise"] > 0.6
     assert m3["oracle_score"] > demonstrations["oracle_score"] > m1["oracle_score"]
 
 
-@needs("quick")
-def test_the_table_shows_the_metrics(job):
-    """The table has the numbers of metrics.jsonl; the last line says how to ask the last model."""
-    folder, printed = job("quick")
-    forms = dict(oracle_score=".2f", oracle_greedy=".2f", perfect_rate=".0%", self_score=".2f")
-    for line in metrics(folder / "run"):
-        row = re.search(rf"^{line['model']} .*$", printed, re.MULTILINE)[0].split()
-        assert row[1:5] == ["-" if line.get(key) is None else format(line[key], form)
-                            for key, form in forms.items()]
-    assert re.search(r"\n +true score +greedy +perfect +self-score .* judge .* seconds\n", printed)
-    assert int(re.search(r"M3 against M1: win (\d+)%", printed)[1]) > 50
-    assert f"ask run{os.sep}3.self-reward.pt" in printed
-
-
-@needs("quick")
-def test_ask_answers_scores_and_tells_the_truth(job, capsys):
+def test_ask_answers_scores_and_tells_the_truth(capsys, job, name="quick"):
     """`ask` prints the answer, the model's own score and, in the letter world, the true score."""
-    path = str(job("quick")[0] / "run" / "3.self-reward.pt")
+    path = str(job(name)[0] / "run" / "3.self-reward.pt")
     srlm.main(["ask", path, "sort dbca"])
     lines = capsys.readouterr().out.splitlines()
     said = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in lines)
@@ -3187,6 +3059,8 @@ def test_ask_answers_scores_and_tells_the_truth(job, capsys):
 MANY = {"sft": {}, "dpo": {}, "spin": dict(train_dataset=ITEMS * 20),
         "self-reward": dict(prompt_dataset=WORDS * 30),
         "external-reward": dict(prompt_dataset=WORDS * 30)}  # enough for each process to write some
+stages_with = lambda reward: [
+    stage("sft"), stage("external-reward", prompt_dataset=WORDS * 30, reward_model=reward)]
 
 
 def train_every_kind(rank=0):
@@ -3198,7 +3072,10 @@ def train_every_kind(rank=0):
             config = stage(kind, batch_size=batch_size, replay_dataset=lambda model: ITEMS[rank:],
                            **fields)
             (record,), state, saved = run([config], Tiny(seed=rank).to(dtype))
-            runs[f"{kind} {dtype} {batch_size}"] = numbers(record), state, list(saved)
+            hidden = {"kind", "history", "reward_accuracy"}  # of ties rounding decides
+            numbers = [{name: point[name] for name in point.keys() - hidden}
+                       for point in (record, *record["history"])]
+            runs[f"{kind} {dtype} {batch_size}"] = numbers, state, list(saved)
 
     def value(model):  # falls on rank 0, which decides; would rise on rank 1
         values.append(len(values) * (rank - 0.5))
@@ -3211,10 +3088,6 @@ def train_every_kind(rank=0):
     return runs, record["steps"], len(values)
 
 
-stages_with = lambda reward: [
-    stage("sft"), stage("external-reward", prompt_dataset=WORDS * 30, reward_model=reward)]
-
-
 def train_until_one_dies():
     """What each process does: the second is killed when it first asks for a reward."""
     def reward(prompts, responses):
@@ -3225,18 +3098,10 @@ def train_until_one_dies():
     trainer("run", stages_with(reward))()
 
 
-def numbers(record):
-    """The numbers of a record and its history, but for accuracies: of ties rounding decides."""
-    points, hidden = [record, *record["history"]], ("kind", "history", "reward_accuracy")
-    return {f"{name} {i}": value for i, point in enumerate(points)
-            for name, value in point.items() if name not in hidden}
-
-
 @posix
 def test_two_forked_processes_train_to_the_weights_of_one(tmp_path):
     """Two processes share each batch, evenly or not, and end with the weights of one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
 
     def work(rank):
@@ -3245,31 +3110,27 @@ def test_two_forked_processes_train_to_the_weights_of_one(tmp_path):
         torch.save(train_every_kind(rank), tmp_path / f"rank {rank}.pt")
         os._exit(0)
 
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=work, args=(rank,)) for rank in range(2)]
-    for process in processes:
-        process.start()
+    processes = torch.multiprocessing.start_processes(work, nprocs=2, join=False, daemon=True,
+                                                      start_method="fork")
     alone, *_ = train_every_kind()
-    for process in processes:
-        process.join(60)
-        process.kill()
+    for _ in range(2):
+        processes.join(60)  # until the next one ends
     paths = [tmp_path / f"rank {rank}.pt" for rank in range(2)]
     (first, *first_stop), (second, *second_stop) = map(torch.load, paths)
-    for name, (record, state, files) in alone.items():
+    for name, (record, state, files) in alone.items():  # the record as its numbers
         tolerance = 1e-9 if "float64" in name else 1e-5
         torch.testing.assert_close(first[name][1], state, atol=tolerance, rtol=tolerance)
         same(second[name][1], first[name][1])
-        for found, *_ in (first[name], second[name]):
-            assert found == pytest.approx(record, rel=1e-5, abs=1e-5)
+        torch.testing.assert_close([first[name][0], second[name][0]], [record] * 2,
+                                   atol=1e-5, rtol=1e-5)
         assert (first[name][2], second[name][2]) == (files, [])  # the first one writes them
     assert first_stop == [3, 3] and second_stop == [3, 0]
 
 
 @posix
-@needs("together")
-def test_a_process_that_dies_ends_the_others_and_the_run_can_be_resumed(job):
+def test_a_process_that_dies_ends_the_others_and_the_run_can_be_resumed(job, name="together"):
     """If a process is killed all end, with an error, and a resume goes on after the last stage."""
-    folder, _ = job("together", expected_code=1)
+    folder, _ = job(name, expected_code=1)
     assert os.listdir(folder / "run") == ["0.sft.pt"]
     trainer(folder / "run", stages_with(ODD), model := Tiny())(resume=True)
     _, undisturbed, _ = run(stages_with(ODD))
@@ -3289,16 +3150,11 @@ def run_the_readme():
     print(f"{number} blocks ran")
 
 
-def test_the_readme_names_tests_that_exist():
-    """Every test that the README cites is a test of this file."""
+def test_the_readme_is_true(job, name="readme"):
+    """The tests that it cites exist, and its python blocks run as they are, in an empty folder."""
     cited = set(re.findall(r"`(test_\w+)`", readme()))
     assert cited <= set(globals()) and len(cited) > 5
-
-
-@needs("readme")
-def test_the_readme_blocks_run(job):
-    """Every python block of the README runs as it stands, in an empty folder."""
-    assert int(re.search(r"(\d+) blocks ran$", job("readme")[1].strip())[1]) >= 4
+    assert int(re.search(r"(\d+) blocks ran$", job(name)[1].strip())[1]) >= 4
 
 
 def run_the_notebook():
@@ -3325,8 +3181,7 @@ def run_the_notebook():
     print(outputs[-1].text)
 
 
-@needs("notebook")
-def test_the_notebook_is_stored_as_it_ran_and_runs_again(job):
+def test_the_notebook_is_stored_as_it_ran_and_runs_again(job, name="notebook"):
     """The notebook is stored as it ran, in short cells without warnings, and runs with FAST."""
     cells = json.loads((HERE / "tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]
@@ -3335,7 +3190,7 @@ def test_the_notebook_is_stored_as_it_ran_and_runs_again(job):
     outputs = [output for cell in code for output in cell["outputs"]]
     assert "error" not in {output["output_type"] for output in outputs}
     assert not any(output.get("name") == "stderr" for output in outputs)
-    teacher, first, second, third = json.loads(job("notebook")[1].strip().splitlines()[-1])
+    teacher, first, second, third = json.loads(job(name)[1].strip().splitlines()[-1])
     assert 2.5 < teacher < 3.5 and first < teacher + 0.3 and first + 0.3 < second < third + 0.5
 
 
@@ -3364,8 +3219,6 @@ class RewardConfig:
         found = re.search(r"[0-9]+", reply)
         return float(found[0]) if found else None
 """
-
-
 WRONG = """
 def encode(text):
     return [ord(letter) for letter in text]
@@ -3396,20 +3249,18 @@ def try_the_grader():
 
 
 @posix
-@needs("grader")
-def test_the_grader_tells_right_from_wrong(job):
-    """Any right function passes, even beside wrong ones; a wrong one fails with words, an endless
-    one is stopped."""
-    _, output = job("grader")
-    for line in ("spin_loss +2 of 2", "encode +0 of 2", "top_kk +is no unit; did you mean top_k", "exit code 2",
-                 "unknown.py  cannot be graded", "dpo_loss +3 of 3",
+def test_the_grader_tells_right_from_wrong(job, name="grader"):
+    """A right function passes beside wrong ones, which fail with words; an endless one is ended."""
+    _, output = job(name)
+    for line in ("spin_loss +2 of 2", "encode +0 of 2", "exit code 2", "dpo_loss +3 of 3",
+                 "top_kk +is no unit; did you mean top_k", "unknown.py  cannot be graded",
                  r" +in the case name='dpo_loss':",
                  "spin_loss +is not in mine",
-                 "pick_best_worst +not written yet", "top_k +0 of 3",
-                 r" +stopped after 12 s: an endless loop\?", r" +expected \| yours",
-                 "RewardConfig.parse +2 of 8",
-                 r" +smallest counterexample: numbers=\['[-.0-9]+'\], between=''", "broken.py, line 1: ",
-                 "mine.py  1 of 5 units pass", "broken.py  cannot be graded", "exit code 2",
+                 "pick_best_worst +not written yet", "top_k +0 of 3", r" +expected \| yours",
+                 r" +stopped after 12 s: an endless loop\?", "RewardConfig.parse +2 of 8",
+                 r" +smallest counterexample: numbers=\['[-.0-9]+'\], between=''",
+                 "broken.py, line 1: ", "mine.py  1 of 5 units pass",
+                 "broken.py  cannot be graded", "exit code 2",
                  "my_tests.py: .* catch 3 of 3 faults", "exit code 0"):
         assert re.search(f"^{line}", output, re.MULTILINE), f"{line}\n{output}"
 
@@ -3426,10 +3277,9 @@ def test_units_and_blanks(capsys):
     assert main(["blank", "nothing"]) == main(["grade", "nowhere.py"]) == 2
 
 
-@needs("faults")
-def test_every_known_fault_is_caught(job):
+def test_every_known_fault_is_caught(job, name="faults"):
     """`python test_srlm.py faults`: each of the thirty known faults makes a test fail."""
-    job("faults")
+    job(name)
 
 
 # ================================================================================================
@@ -3439,8 +3289,11 @@ def test_every_known_fault_is_caught(job):
 # which of them fail. `grade` puts the reader's function in the place of srlm's; `faults` and
 # `audit` plant one of thirty known faults.
 
-SECONDS = 20  # for one test; what takes longer is stopped as an endless loop. The slowest takes 2.5 s of CPU
+SECONDS = 20  # for one test; a longer one is stopped as an endless loop. The slowest takes 2.5 s
 NOT_WRITTEN = "not written yet"
+# Half of the time of a short run of pytest goes into tracebacks, which nobody sees, and into
+# garbage collection, which looks for errors in destructors.
+QUICKLY = "-p no:cacheprovider -p no:unraisableexception -p no:threadexception --tb=no".split()
 
 
 class Reporter:
@@ -3468,21 +3321,17 @@ class Reporter:
         self.report(report.location[2].partition("[")[0], words)
 
 
-# Half of the time of a short run of pytest goes into tracebacks, which nobody sees, and into
-# garbage collection, which looks for errors in destructors.
-QUICKLY = "-p no:cacheprovider -p no:unraisableexception -p no:threadexception --tb=no".split()
-
-
-def run_tests(report, profile, path, names, *options):
+def run_tests(report, profile, path, names):
     """Run tests of a file in this process; all of its tests if no names are given."""
     os.environ["SRLM_PROFILE"] = profile  # the same examples for everyone
     settings.load_profile(profile)
     tests = [f"{path}::{name}" for name in names] or [str(path)]
-    pytest.main([*QUICKLY, *options, *tests], plugins=[Reporter(report)])
+    no_words = ["--assert=plain"] if profile == "faults" else []  # which saves a second
+    pytest.main([*QUICKLY, *no_words, *tests], plugins=[Reporter(report)])
 
 
 def run_in_process(function, *arguments):
-    """Call function(report, *arguments) in a new process. Returns what it reports: {name: words}."""
+    """What function(report, *arguments), called in a new process, reports: {name: words}."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(sender, function, arguments))
@@ -3496,7 +3345,7 @@ def run_in_process(function, *arguments):
                 return found
             running = name
             if words is not None:
-                found[name] = found.get(name) or words  # of several cases of a test: the first failure
+                found[name] = found.get(name) or words  # the first failure of the cases of a test
         found[running] = f"stopped after {SECONDS} s: an endless loop?"
         process.kill()
     except EOFError:  # the process has ended without its last message
@@ -3518,29 +3367,28 @@ def _work(sender, function, arguments):
 
 
 def words_of(error):
-    """What went wrong, in words: the smallest counterexample, then "expected | yours" or the error."""
+    """What went wrong: the smallest counterexample, then "expected | yours" or the error."""
     if isinstance(error, NotImplementedError):
         return NOT_WRITTEN
     error = getattr(error, "exceptions", [error])[0]  # the first of a group
     if isinstance(error, RecursionError):
-        return ("RecursionError: does it call itself without end, or srlm's function of the same name?"
-                "\nWhile yours is graded, srlm's is yours.")
-    lines = []
-    notes = "\n".join(getattr(error, "__notes__", []))
+        return ("RecursionError: does it call itself without end, or srlm's function of the same "
+                "name?\nWhile yours is graded, srlm's is yours.")
+    lines, notes = [], "\n".join(getattr(error, "__notes__", []))
     example = re.search(r"(?:Falsifying|Failing) .*?: \w+\((.*?)\n\)", notes, re.DOTALL)
     if example:  # without the remarks of Hypothesis
-        said = re.sub("  # or any other generated value|# The test .* varied together.", "", example[1])
-        lines += ["smallest counterexample: " + " ".join(said.split()).rstrip(",")]
+        remarks = "  # or any other generated value|# The test .* varied together."
+        said = re.sub(remarks, "", example[1]).split()
+        lines += ["smallest counterexample: " + " ".join(said).rstrip(",")]
     if not isinstance(error, (AssertionError, pytest.fail.Exception)):
         lines += [f"{type(error).__name__}:"]
-    said = str(error).strip().splitlines() or [type(error).__name__]
+    first, *more = str(error).strip().splitlines()[:10] or [type(error).__name__]
     # What pytest adds to the words of a failed assertion is for those who know the test.
-    lines += [said[0], *itertools.takewhile(lambda line: not line.startswith("assert "), said[1:10])]
-    return "\n".join(lines)
+    is_ours = lambda line: not line.startswith("assert ")
+    return "\n".join([*lines, first, *itertools.takewhile(is_ours, more)])
 
 
 # The reader's functions in the place of srlm's ----------------------------------------------------
-
 
 def part_of(module, unit):
     """A function of a module, or a method as in "RewardConfig.parse"; None if there is none."""
@@ -3554,12 +3402,13 @@ UNITS = {unit: UNITS[unit] for unit in _in_order}
 
 def is_blank(function):
     """Does the function only raise NotImplementedError?"""
-    return getattr(getattr(function, "__code__", None), "co_names", None) == ("NotImplementedError",)
+    code = getattr(function, "__code__", None)
+    return getattr(code, "co_names", None) == ("NotImplementedError",)
 
 
 @contextlib.contextmanager
 def replaced(old, new):
-    """`old` does what `new` does, wherever srlm has it: by name, as a default, or in a TextFormat."""
+    """`old` does what `new` does wherever srlm has it: by name, as a default, in a TextFormat."""
     instead = lambda *args, _new, **named: _new(*args, **named)
     before = old.__code__, old.__defaults__, old.__kwdefaults__
     old.__code__, old.__defaults__, old.__kwdefaults__ = instead.__code__, None, {"_new": new}
@@ -3598,13 +3447,13 @@ def find_units(report, path):
 
 def can_lend(theirs, ours):
     """Can srlm's function take the place of one in the reader's file, which it may call?"""
-    is_plain = isinstance(theirs, types.FunctionType) and theirs.__closure__ is None and theirs is not ours
-    return is_plain and [*inspect.signature(theirs).parameters] == [*inspect.signature(ours).parameters]
+    if not inspect.isfunction(theirs) or theirs.__closure__ or theirs is ours:
+        return False
+    return list(inspect.signature(theirs).parameters) == list(inspect.signature(ours).parameters)
 
 
 def grade_unit(report, path, unit):
-    """Run the tests of a unit on the reader's version. srlm lends all other units, so that each is
-    judged alone."""
+    """Run a unit's tests on the reader's version; srlm lends the other units, to judge it alone."""
     module, owner = imported(path), unit.rpartition(".")[0]
     written, original = part_of(module, unit), part_of(srlm, unit)
     for name, part in vars(getattr(module, owner)).items() if owner else ():
@@ -3646,7 +3495,7 @@ def tried(otherwise, function, *arguments):
 
 def grade_file(path, required):
     """Print what is right and what is wrong. Returns the exit code and a summary."""
-    ast.parse(Path(path).read_bytes(), str(path))  # a SyntaxError names the line
+    compile(Path(path).read_bytes(), str(path), "exec")  # a SyntaxError names the line
     in_file = run_in_process(find_units, path)
     for name in {"import", "the file"} & in_file.keys():
         raise ValueError(f"{path} cannot be imported: {' '.join(in_file[name].split())}")
@@ -3658,7 +3507,9 @@ def grade_file(path, required):
     for unit in passed:
         print(f"{unit:<22}is not in {path}")
 
-    graded = lambda unit: {unit: NOT_WRITTEN} if in_file[unit] else run_in_process(grade_unit, path, unit)
+    def graded(unit):
+        return {unit: words} if (words := in_file[unit]) else run_in_process(grade_unit, path, unit)
+
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for unit, found in zip(in_file, pool.map(graded, in_file)):
             passed[unit], lines = verdict_on(unit, found)
@@ -3669,8 +3520,8 @@ def grade_file(path, required):
 
 
 def grade(path, *others):
-    """Your functions in the place of srlm's, under its tests. Exit code 0 if all that is written passes, and
-    if every unit named after the files is written."""
+    """Your functions in the place of srlm's, under its tests. Exit code 0 if all that is written
+    passes, and if every unit named after the files is written."""
     paths = [path, *(word for word in others if word.endswith(".py"))]
     required, outcomes = [word for word in others if word not in paths], {}
     for path in paths:
@@ -3690,12 +3541,12 @@ def check(written, unit=None):
     if is_blank(written):
         record(unit, NOT_WRITTEN)
     else:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            with replaced(original, written):
-                run_tests(record, "grade", HERE / "test_srlm.py", UNITS[unit])
+        with (contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()),
+              replaced(original, written)):
+            run_tests(record, "grade", HERE / "test_srlm.py", UNITS[unit])
     is_right, lines = verdict_on(unit, found)
-    print(*lines, sep="\n")
-    print(f"-> going on with {'your' if is_right else 'the'} {unit}{'' if is_right else ' of srlm.py'}")
+    going_on_with = f"your {unit}" if is_right else f"the {unit} of srlm.py"
+    print(*lines, f"-> going on with {going_on_with}", sep="\n")
     return written if is_right else original
 
 
@@ -3713,7 +3564,8 @@ def blank(*names):
     unknown = [name for name in names if name not in UNITS]
     if unknown:
         raise ValueError(f"there is no unit {unknown[0]!r}; `units` lists them")
-    print('"""Your own versions. Grade them: python test_srlm.py grade THIS_FILE"""\n\nimport math\nimport re\n\n'
+    print('"""Your own versions. Grade them: python test_srlm.py grade THIS_FILE"""\n\n'
+          "import math\nimport re\n\n"
           "import numpy as np\nimport torch\nimport torch.nn.functional as F\n\n"
           "from srlm import *  # the rest of srlm.py, for what you have not written")
     for unit in [unit for unit in UNITS if unit in (names or UNITS)]:
@@ -3721,108 +3573,76 @@ def blank(*names):
         print("\n")
         if owner:
             print(f"class {owner}:  # has the fields of srlm's, and lends it this method")
-        up_to_the_code = re.match(r'.*?""".*?"""', inspect.getsource(part_of(srlm, unit)), re.DOTALL)
-        print(f"{up_to_the_code[0]}\n{' ' * (8 if owner else 4)}raise NotImplementedError")
+        source = inspect.getsource(part_of(srlm, unit))
+        print(re.match(r'.*?""".*?"""', source, re.DOTALL)[0])  # up to the code
+        print(" " * (8 if owner else 4) + "raise NotImplementedError")
 
 
 # Thirty known faults ------------------------------------------------------------------------------
-# The faults of a well-known public implementation: a title, the test that must catch it, the edit.
+# The faults of a well-known public implementation: a title, the test that must catch it, and below
+# the edit: old => new, where `old` occurs once in srlm.py.
 
 FAULTS = r"""
 @@ 1 SFT also learns the prompt: test_response_mask
--    return (predicted >= prompt_lens[:, None]) & (predicted < end[:, None])
-+    return (predicted >= 0) & (predicted < end[:, None])
+(predicted >= prompt_lens[:, None]) => (predicted >= 0)
 @@ 2 the logits are compared with the token that they have read: test_chain_rule
--    nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-+    nll = F.cross_entropy(logits.flatten(0, 1), ids[:, :-1].flatten(), reduction="none")
+ids[:, 1:].flatten(), reduction="none") => ids[:, :-1].flatten(), reduction="none")
 @@ 3 the mean over tokens for the sum: test_log_probability_of_a_concatenation_is_the_sum
--    return logprobs.masked_fill(~mask, 0.0).sum(dim=1)  # not "* mask": 0 * -inf would be NaN
-+    return logprobs.masked_fill(~mask, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+(~mask, 0.0).sum(dim=1) => (~mask, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 @@ 4 sampling reads the logits of padding: test_greedy_equals_a_naive_loop
--            found = model(piece)[torch.arange(len(n), device=n.device), n - 1]
-+            found = model(piece)[:, -1]
+model(piece)[torch.arange(len(n), device=n.device), n - 1] => model(piece)[:, -1]
 @@ 5 tokens that look like padding vanish: test_a_pad_id_inside_a_row_is_a_token_like_any_other
--    return ((ids != pad_id) * number).amax(dim=1)  # that of the last token; padding counts 0
-+    return (ids != pad_id).sum(dim=1)
+return ((ids != pad_id) * number).amax(dim=1) => return (ids != pad_id).sum(dim=1)
 @@ 6 the reference follows the model: test_the_reference_is_the_model_as_the_stage_begins
--        ref_chosen = chosen.new_tensor([pair.ref_chosen for pair in batch])
-+        ref_chosen = chosen.detach()
-@@ 7 SPIN's opponent has been trained before it writes: test_the_reference_is_the_model_as_the_stage_begins
-+        minimise(model, sft_objective(items), self, context)
-         written = parallel_map(write, range(0, len(items), 64), "writing")
-@@ 8 the parser fails on a score with a decimal point: test_every_number_round_trips_through_any_template
--    return float(found[-1]) if found else None
-+    return int(found[-1]) if found else None
+ref_chosen = chosen.new_tensor([pair.ref_chosen for pair in batch]) => ref_chosen = chosen.detach()
+@@ 7 SPIN's opponent learns before it writes: test_the_reference_is_the_model_as_the_stage_begins
+written = parallel => minimise(model, sft_objective(items), self, context); written = parallel
+@@ 8 the parser fails on a decimal point: test_every_number_round_trips_through_any_template
+return float(found[-1]) if found => return int(found[-1]) if found
 @@ 9 white space matters to the parser: test_white_space_and_case_do_not_matter
--        return r"\s+".join(re.escape(word) for word in words)
-+        return " ".join(re.escape(word) for word in words)
+return r"\s+".join(re.escape(word) => return " ".join(re.escape(word)
 @@10 the score is read from the answer as well as the reply: test_a_response_cannot_grade_itself
--    scores = [reward_config.parse(text.text(reply)) for reply in replies]
-+    scores = [reward_config.parse(text.text(torch.cat(both))) for both in zip(rows, replies)]
+(reply)) for reply in replies] => (torch.cat(both))) for both in zip(rows, replies)]
 @@11 a judge may be left without room for a reply: test_a_judge_without_room_is_an_error
--            require(0 < len(row) < limit, f"{len(row)} tokens; it needs 1 or more, and room for "
-+            require(0 < len(row), f"{len(row)} tokens; it needs 1 or more, and room for "
-@@12 a judge that always ties is asked again and again: test_no_pair_at_all_is_an_error_in_bounded_time
--    chunks = [prompts[:4], *(prompts[at : at + 64] for at in range(4, len(prompts), 64))]
-+    chunks = [prompts[:4], *(prompts[at : at + 64] for at in range(4, len(prompts), 64))] * 100
+require(0 < len(row) < limit, => require(0 < len(row),
+@@12 a judge that always ties is asked for ever: test_no_pair_at_all_is_an_error_in_bounded_time
+for at in range(4, len(prompts), 64))] => for at in range(4, len(prompts), 64))] * 100
 @@13 a tie drops the prompts that follow it: test_a_tie_skips_one_prompt_and_no_other
--        if pair is not None:
--            pairs.append(pair)
-+        if pair is None:
-+            break
-+        pairs.append(pair)
+if len(pairs) == n_pairs: => if pair is None or len(pairs) == n_pairs:
 @@14 there are more pairs than asked for: test_generation_stops_at_n_pairs_or_warns
--        if len(pairs) == n_pairs:
-+        if len(pairs) > (n_pairs or 999):
+if len(pairs) == n_pairs: => if len(pairs) > (n_pairs or 999):
 @@15 an answer is preferred to itself: test_equal_tokens_are_no_pair
--    if chosen.equal(rejected) or not is_valid(pair.chosen_reward, pair.rejected_reward):
-+    if not is_valid(pair.chosen_reward, pair.rejected_reward):
+if chosen.equal(rejected) or not is_valid => if not is_valid
 @@16 rewards of shape (B, 1) are refused: test_rewards_may_come_in_any_form
--    require(tuple(rewards.shape) in ((n,), (n, 1)),
-+    require(tuple(rewards.shape) == (n,),
+require(tuple(rewards.shape) in ((n,), (n, 1)), => require(tuple(rewards.shape) == (n,),
 @@17 pairs can be generated only once: test_pairs_can_be_generated_twice
--    source = f"{len(prompts)} prompts with {n_candidates} candidates each"
-+    source, prompts[:] = f"{len(prompts)} prompts", []
+candidates each" => candidates each"; prompts[:] = []
 @@18 a field of a config does nothing: test_every_field_changes_what_happens[sft-weight_decay]
--    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=config.weight_decay,
-+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.0,
+weight_decay=config.weight_decay, => weight_decay=0.0,
 @@19 one kind of stage does not run: test_stages_run_in_any_order
--        pairs = checked_data(self, "pair_dataset", model, context.text)
-+        pairs = checked_data(self, "prompt_dataset", model, context.text)
+pairs = checked_data(self, "pair_dataset", => pairs = checked_data(self, "prompt_dataset",
 @@20 early stopping keeps the last weights, not the best: test_early_stopping_follows_its_rule
--            self.best_weights = {name: w.clone() for name, w in model.state_dict().items()}
-+            self.best_weights = model.state_dict()
+{name: w.clone() for name, w in model.state_dict().items()} => model.state_dict()
 @@21 the direction of an evaluation is ignored: test_early_stopping_follows_its_rule
--        value = value if self.mode == "max" else -value
-+        value = -value
+value = value if self.mode == "max" else -value => value = -value
 @@22 processes begin with different weights: test_two_forked_processes_train_to_the_weights_of_one
--        self.model.load_state_dict(on_rank_zero(self.model.state_dict))  # the same everywhere
-+        pass
-@@23 several processes keep their own gradients: test_two_forked_processes_train_to_the_weights_of_one
--        sum_gradients_over_processes(parameters)
-+        pass
+self.model.load_state_dict(on_rank_zero(self.model.state_dict)) => pass
+@@23 processes keep their own gradients: test_two_forked_processes_train_to_the_weights_of_one
+dist.is_initialized() and weight.grad is not None => False
 @@24 "every n steps" fires one step early: test_every_n_steps_is_n_2n_3n
--        return self.eval_fn is not None and step % min(self.every, steps) == 0
-+        return self.eval_fn is not None and (step + 1) % min(self.every, steps) == 0
+and step % min(self.every, steps) == 0 => and (step + 1) % min(self.every, steps) == 0
 @@25 a logit filter may leave no token: test_top_p
--    excluded[..., 0] = False
-+    pass
+excluded[..., 0] = False => pass
 @@26 padding on the left stays in the prompt: test_greedy_equals_a_naive_loop
--            prompt = prompt[real[0] : real[-1] + 1] if len(real) else prompt[:0]
-+            prompt = prompt[: real[-1] + 1] if len(real) else prompt[:0]
+prompt = prompt[real[0] : real[-1] + 1] => prompt = prompt[: real[-1] + 1]
 @@27 sampling goes on after EOS: test_a_row_ends_at_eos
--                unfinished &= tokens != eos_id
-+                unfinished &= tokens != -2
+unfinished &= tokens != eos_id => unfinished &= tokens != -2
 @@28 padding of training data counts as tokens: test_padding_is_not_trained_on
--    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
-+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
-     return ids.to(device), torch.tensor([prompt_len for _, prompt_len in items], device=device)
+ids.to(device), torch.tensor([prompt_len => ids.clamp(min=0).to(device), torch.tensor([prompt_len
 @@29 a function changes its argument: test_no_function_changes_its_arguments
--    ids = ids.masked_fill(place >= row_lengths(ids, pad_id)[:, None], 0)
-+    ids = ids.masked_fill_(place >= row_lengths(ids, pad_id)[:, None], 0)
-@@30 every evaluation keeps a copy of the weights: test_at_most_one_copy_of_the_weights_is_alive[sft]
-             self.best_weights = {name: w.clone() for name, w in model.state_dict().items()}
-+            self.__dict__.setdefault("all_weights", []).append(self.best_weights)
+ids.masked_fill(place >= row_lengths => ids.masked_fill_(place >= row_lengths
+@@30 each evaluation keeps a copy of the weights: test_at_most_one_copy_of_the_weights_is_alive[sft]
+self.best_weights = {name => vars(self)[value] = self.best_weights = {name
 """
 
 
@@ -3833,33 +3653,36 @@ def run_on(report, folder, path, names=(), profile="faults"):
     for name in ("srlm", "test_srlm"):  # to be imported anew
         sys.modules.pop(name, None)
     importlib.import_module("srlm")  # before pytest puts the folder of the tests first
-    no_words = ["--assert=plain"] if profile == "faults" else []  # which saves a second
-    run_tests(report, profile, path, names, *no_words)
+    run_tests(report, profile, path, names)
 
 
 def plant(fault, path=None):
-    """(title, edit, which tests fail with it): of the one that must catch it, or of the reader's file."""
-    heading, *edit = fault.splitlines()
+    """(title, diff, which tests fail): of the one that must catch it, or of the reader's file."""
+    heading, edit = fault.splitlines()
     title, _, test = heading.rpartition(": ")
-    old, new = ("\n".join(line[1:] for line in edit if line[0] != other) for other in "+-")
+    old, new = edit.split(" => ")
     source = SCRIPT.read_text(encoding="utf-8")
+    broken = source.replace(old, new)
     if source.count(old) != 1:
-        raise ValueError(f"fault {title}: the edit no longer applies, {source.count(old)} places match\n{old}")
+        raise ValueError(f"fault {title}: {source.count(old)} places match the edit {old!r}")
+    tests, names = (path, []) if path else (HERE / "test_srlm.py", [test])
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "srlm.py").write_text(source.replace(old, new), encoding="utf-8")
-        found = run_in_process(run_on, folder, path or HERE / "test_srlm.py", [] if path else [test])
-    return title, edit, [name for name, words in found.items() if words]
+        Path(folder, "srlm.py").write_text(broken, encoding="utf-8")
+        found = run_in_process(run_on, folder, tests, names)
+    diff = difflib.unified_diff(source.splitlines(), broken.splitlines(), lineterm="", n=0)
+    return title, [*diff][3:], [name for name, words in found.items() if words]
 
 
 def faults(path=None, who="the tests"):
     """Plant thirty known faults, one by one; exit code 0 if the tests catch every one."""
     known, n_caught = FAULTS.split("@@")[1:], 0
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for title, edit, failed in pool.map(lambda fault: plant(fault, path), known):
+        for title, diff, failed in pool.map(lambda fault: plant(fault, path), known):
             n_caught += len(failed) > 0
-            print(f"{title:<52}  {'caught by ' + ', '.join(failed) if failed else 'NOT CAUGHT'}", flush=True)
+            words = "caught by " + ", ".join(failed) if failed else "NOT CAUGHT"
+            print(f"{title:<52}  {words}", flush=True)
             if path is None:
-                print(*(f"      {line}" for line in edit), sep="\n")
+                print(*(f"      {line}" for line in diff), sep="\n")
     print(f"{who} catch {n_caught} of {len(known)} faults")
     return 0 if n_caught == len(known) else 1
 
@@ -3882,9 +3705,10 @@ def main(argv):
     """Grade functions against the tests of srlm.py, and tests against its faults."""
     parser = argparse.ArgumentParser(prog="test_srlm.py", description=main.__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for function, argument in ((units, {}), (blank, {"nargs": "*", "metavar": "UNIT"}),
-                               (grade, {"nargs": "+", "metavar": "MINE.py [MORE.py ...] [UNIT ...]"}),
-                               (faults, {}), (audit, {"nargs": 1, "metavar": "MY_TESTS.py"})):
+    for function, argument in (
+            (units, {}), (blank, {"nargs": "*", "metavar": "UNIT"}),
+            (grade, {"nargs": "+", "metavar": "MINE.py [MORE.py ...] [UNIT ...]"}),
+            (faults, {}), (audit, {"nargs": 1, "metavar": "MY_TESTS.py"})):
         command = commands.add_parser(function.__name__, help=function.__doc__)
         command.set_defaults(function=function, arguments=[])
         if argument:
