@@ -135,7 +135,7 @@ class LetterTask:
 
     POINTS = ("polite", "relevant", "complete", "ordered", "full stop")
     CHAT_TEMPLATE = "> {{ prompt }}\n"  # what the model sees before it answers: "> sort dbca\n"
-    JUDGE: RewardConfig  # set in section 6; its judge prompts: "? sort dbca\nSure: abcd.\n"
+    JUDGE: RewardConfig  # how a judge is asked, set in section 6: "? sort dbca\nSure: abcd.\n"
     max_new_tokens = 16  # of an answer: "Sure: ", up to 8 letters, ".", and a token for the end
     letters = "abcdefgh"
 
@@ -306,7 +306,7 @@ def apply_rope(x, rotations):
     where w is a constant of the pair. rotations (T, D/(2H), 2) holds cos(t w) and sin(t w).
 
     Why: take a pair a = a1 + i a2 of a query at s, and b of a key at t. Their dot product
-    a1 b1 + a2 b2 is Re( a conj(b) ). After the rotations it is
+    a1 b1 + a2 b2 is Re( a conj(b) ), where conj turns i into -i. After the rotations it is
         Re( a e^(i s w) conj(b e^(i t w)) ) = Re( a conj(b) e^(i (s - t) w) )
     so positions enter by their distance s - t alone.
 
@@ -438,7 +438,7 @@ def top_p(logits, p):
     mass_before = probs.cumsum(-1) - probs  # probability of all more likely tokens together
     excluded = mass_before >= p  # the more likely tokens already reach p
     excluded[..., 0] = False
-    # excluded[b, i] is about token order[b, i]; by_token puts it at that token's place.
+    # excluded[b, i] is about token order[b, i]; put it at that token's place.
     by_token = torch.zeros_like(excluded).scatter(-1, order, excluded)
     return logits.masked_fill(by_token, -math.inf)
 
@@ -457,12 +457,12 @@ def last_logits(model, ids):
     lengths = (unique != PAD).sum(dim=1)
     logits = [None] * len(unique)
     for rows in pieces_by_tokens(lengths.tolist()):  # indices of rows of similar length
-        n = lengths[rows]
-        piece = unique[rows, : int(n.max())].clamp(min=0)  # PAD -> 0; a causal model ignores it
+        ends = lengths[rows]  # a row ends at this position
+        piece = unique[rows, : int(ends.max())].clamp(min=0)  # PAD -> 0; a causal model ignores it
         if hasattr(model, "next_token_logits"):
-            found = model.next_token_logits(piece, n)
+            found = model.next_token_logits(piece, ends)
         else:
-            found = model(piece)[torch.arange(len(n), device=n.device), n - 1]
+            found = model(piece)[torch.arange(len(rows), device=ends.device), ends - 1]
         for row, values in zip(rows, found):
             logits[row] = values
     return torch.stack(logits)[inverse]
@@ -562,7 +562,7 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 #     max_pi  sum over y of [ pi(y|x) r(x, y) - beta pi(y|x) log( pi(y|x) / ref(y|x) ) ]
 #
 # The sum of pi log(pi / ref) is the KL divergence, a measure of how far pi is from ref. The pi(y|x)
-# must add up to 1 over y. So add m(x) (1 - sum of pi) to the goal, which is 0 if they do, with a
+# must add up to 1 over y. So add a term that is 0 if they do, m(x) (1 - sum of pi), with a
 # number m(x) still to be found (a Lagrange multiplier). Treat each pi(y|x) as a number of its own,
 # and set the derivative with respect to it to zero:
 #
@@ -575,9 +575,10 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 #                                                      such that all pi(y|x) add up to 1
 #
 # Now take any policy pi, even the one in training, and put r = beta log(pi / ref) into the formula
-# for the optimum: it gives back pi, with Z = 1. So every policy is the optimum for a reward of its
-# own, its IMPLICIT REWARD. (With one number added for all responses to x, a reward has the same
-# optimum and the same differences between responses; only Z changes. We take the one with Z = 1.)
+# for the optimum: exp(r / beta) is pi / ref, so the optimum is ref (pi / ref) / Z = pi / Z, where Z
+# is 1 because pi adds up to 1 already. So every policy is the optimum for a reward of its own, its
+# IMPLICIT REWARD. (It is so for other rewards too: those with one number added for all responses to
+# x. That changes Z, but no difference between two responses, and the loss below needs no more.)
 #
 # The usual way (RLHF) fits a reward to the preferences, and then searches for its optimal policy.
 # DPO changes pi until its implicit reward fits the preferences. No search is left, because pi is
@@ -599,7 +600,7 @@ def row_lengths(ids, pad_id):
     tensor([2])
     """
     number = torch.arange(1, ids.shape[1] + 1, device=ids.device)  # (T,), 1 to T
-    return ((ids != pad_id) * number).amax(dim=1)  # that of the last token; padding counts 0
+    return ((ids != pad_id) * number).amax(dim=1)  # number of the last token that is no padding
 
 
 def token_logprobs(model, ids, pad_id=PAD):
@@ -678,7 +679,7 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta=0
     Returns (losses, rewards of the chosen, rewards of the rejected), the rewards detached. If the
     policy equals the reference, the loss is log 2. Larger beta keeps the policy closer to the
     reference: the loss then fades after a smaller change of log pi. (beta is 0.1 in [1], and 1 in
-    the recipe.) Only the difference of the rewards counts: log pi(chosen) may fall, if
+    section 11.) Only the difference of the rewards counts: log pi(chosen) may fall, if
     log pi(rejected) falls more.
 
     >>> logp = torch.tensor
@@ -762,9 +763,9 @@ class RewardConfig:
 
 
 # For a real chat model: put your model's chat format into this template, around the text. It asks
-# for points to be added up, as in [1]. Before any training to judge, the model of [1] agreed with
-# people on 65 % of the pairs of answers that way, and far less often when it was asked to choose
-# one of five descriptions of quality.
+# for points to be added up, as in [1]. With such a prompt, and before any training to judge, the
+# model of [1] agreed with people on 65 % of the pairs of answers, and far less often when it was
+# asked to choose one of five descriptions of quality.
 DEFAULT_REWARD_CONFIG = RewardConfig(
     prompt_template="""
     Below are a user's request and an assistant's answer. Grade the answer by adding up points,
@@ -1043,6 +1044,7 @@ def with_reference_logprobs(model, pairs):
         values = zip(batch, chosen.tolist(), rejected.tolist())
         return [pair._replace(ref_chosen=a, ref_rejected=b) for pair, a, b in values]
 
+    # Tokens of a pair: two rows, both as long as the longer one.
     sizes = [2 * (len(p.prompt) + max(len(p.chosen), len(p.rejected))) for p in pairs]
     found = parallel_map(add_reference, pieces_by_tokens(sizes), "reference")
     return [pair for piece in found for pair in piece]
@@ -1088,7 +1090,7 @@ class StageConfig:
     weight_decay: float = 0.0  # of AdamW
     max_grad_norm: float = 1.0  # gradient clipping: longer gradients are scaled to this length
     checkpoint_every: int | None = None  # updates between checkpoints; None: only one, at the end
-    replay_dataset: Any = None  # items (ids, prompt_len) mixed into each update; section 11
+    replay_dataset: Any = None  # items (ids, prompt_len) mixed in, so as not to be forgotten
     replay_weight: float = 1.0  # weight of their sft_loss
     # Early stopping, which the recipe of section 11 does not use:
     eval_fn: Callable[[nn.Module], Any] | None = None  # the weights with its best value are kept
@@ -1123,7 +1125,7 @@ def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
                                   fused=device_of(model).type in ("cpu", "cuda"))
     batches = [shuffled_batches(objective.examples, config.batch_size, generator, objective.size)
                for objective in objectives]
-    # An epoch is one pass over the examples of the first objective; replay does not count.
+    # An epoch is one pass over the examples of the first objective; other objectives do not count.
     steps, n_examples = config.steps, len(objectives[0].examples)
     if config.max_epochs is not None:
         steps = min(steps, math.ceil(config.max_epochs * n_examples / config.batch_size))
@@ -1278,7 +1280,7 @@ class RewardStageConfig(StageConfig):
     n_candidates: int = 4  # N in [1]
     n_pairs: int | None = None  # None: as many as there are; 3,964 and 6,942 in the rounds of [1]
     pick_pair: Callable = pick_best_worst
-    is_valid_reward_pair: Callable[[float, float], bool] | None = None  # (chosen, rejected)
+    is_valid_reward_pair: Callable[[float, float], bool] | None = None  # section 7: is_valid_pair
     pairs_file: Any = None  # a path: the pairs are saved there, to be looked at
     max_new_tokens: int = 64  # of an answer
     temperature: float = 1.0  # of an answer. [1] has 0.7: too little variety for a small model
@@ -1365,7 +1367,7 @@ def run_stages(model, stages, context, first=0):
     """
     for index in range(first, len(stages)):
         stage, seed = stages[index], combine_seeds(context.seed, index)
-        # named(): an error begins with the stage.
+        # named() puts the name of the stage before the message of an error.
         with named(f"stage {index} ({stage.kind})", ValueError), seeded(seed):
             record = stage.run(model, context._replace(seed=seed))
         yield {"stage": index, "kind": stage.kind, **record}
@@ -1399,10 +1401,10 @@ def judging_metrics(truth, judged):
     # than answer j?
     #
     # Kendall: the sum of true_sign * judged_sign counts pairs in the right order minus pairs in the
-    # wrong order. tau-b divides it by the lengths of the two sign vectors: that is their cosine.
+    # wrong order. tau-b divides it by the Euclidean norms of the two sign vectors: their cosine.
     #
-    # Spearman: the correlation of ranks. The signs summed over j are ranks with mean 0 (the scores
-    # 1, 2, 3 give -2, 0, 2), and the correlation of two lists with mean 0 is their cosine.
+    # Spearman: the correlation of ranks. The signs summed over j are the ranks doubled and shifted
+    # to mean 0 (the scores 1, 2, 3 give -2, 0, 2); the correlation of such lists is their cosine.
     true_sign, judged_sign = (np.nan_to_num(np.sign(x[:, :, None] - x[:, None, :]))
                               for x in (truth, judged))
 
@@ -1436,8 +1438,8 @@ def head_to_head(scores, others):
 
 def measure(model, world, text, graded_answers, previous_scores):
     """What is measured after each stage: how well a model writes, and how well it judges.
-    oracle_score, oracle_greedy: mean true score (the program is the oracle) of drawn answers and of
-    answers at temperature 0;
+    oracle_score: mean true score, which a program, the "oracle", knows, of drawn answers;
+    oracle_greedy: the same of answers at temperature 0;
     perfect_rate: share of drawn answers with 5; self_score: mean score that the model gives them;
     and judging_metrics of graded_answers.
 
@@ -1480,7 +1482,7 @@ def measure(model, world, text, graded_answers, previous_scores):
 #     demonstrations(n)            -> [(prompt, answer)]       to learn to answer
 #     judgements(n, model, tidy)   -> [(prompt, answer, verdict)]      to learn to judge; `model`
 #                                                              is M0, which writes some of the
-#                                                              answers; for tidy see Recipe
+#                                                              answers; tidy: no nonsense
 #     prompts(n, purpose)          -> [prompt]                 for the stage that purpose names
 #     eval_prompts                    [prompt]                 held out of all the data above
 #     graded_answers(model)        -> [(prompt, answer, true score)]   to measure all judges on the
@@ -1501,7 +1503,8 @@ def measure(model, world, text, graded_answers, previous_scores):
 #     stages = recipe_stages(recipe, world, demonstrations, make_judgements)
 #     for record in run_stages(model, stages, Context(text, {"default": world.JUDGE}, seed)):
 #         m0 = a copy of the model, if this was the first stage
-#         measure(model, world, text, world.graded_answers(m0), the scores of the model before)
+#         graded_answers = world.graded_answers(m0), or None for M0, which cannot judge yet
+#         measure(model, world, text, graded_answers, the scores of the model before)
 
 
 def setting(default, quick, reason):
@@ -1516,8 +1519,8 @@ def setting(default, quick, reason):
 @dataclass(frozen=True)
 class Recipe:
     """The numbers of the recipe, each with a flag on the command line. Settings of a stage or of
-    the model that are not listed here keep their defaults from sections 3, 8 and 9, except for the
-    limits of tokens of answers and verdicts."""
+    the model that are not listed here keep their defaults from sections 3, 8 and 9, except
+    max_new_tokens and max_judge_tokens."""
 
     # name                        default  quick  what it is, and why this value
     stages: str = setting("sft,self,self", None, "stages after M0: sft, self, spin, external")
@@ -1537,7 +1540,7 @@ class Recipe:
     judgements: int = setting(12000, 1500, "number of judgements; 1,630 in [1], for 70B")
     stage_prompts: int = setting(1000, 96, "prompts for a later stage; about 950 give a pair")
     eval_prompts: int = setting(200, 40, "held-out prompts, with five answers to each")
-    tidy: bool = setting(False, None, "judging data without nonsense: the judge then overrates it")
+    tidy: bool = setting(False, None, "no nonsense in the judging data; the judge overrates it then")
 
 
 def recipe_stages(recipe, world, demonstrations, make_judgements):

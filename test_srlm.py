@@ -3590,7 +3590,7 @@ ids[:, 1:].flatten(), reduction="none") => ids[:, :-1].flatten(), reduction="non
 @@ 3 the mean over tokens for the sum: test_log_probability_of_a_concatenation_is_the_sum
 (~mask, 0.0).sum(dim=1) => (~mask, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 @@ 4 sampling reads the logits of padding: test_greedy_equals_a_naive_loop
-model(piece)[torch.arange(len(n), device=n.device), n - 1] => model(piece)[:, -1]
+model(piece)[torch.arange(len(rows), device=ends.device), ends - 1] => model(piece)[:, -1]
 @@ 5 tokens that look like padding vanish: test_a_pad_id_inside_a_row_is_a_token_like_any_other
 return ((ids != pad_id) * number).amax(dim=1) => return (ids != pad_id).sum(dim=1)
 @@ 6 the reference follows the model: test_the_reference_is_the_model_as_the_stage_begins
