@@ -1540,7 +1540,7 @@ class Recipe:
     judgements: int = setting(12000, 1500, "number of judgements; 1,630 in [1], for 70B")
     stage_prompts: int = setting(1000, 96, "prompts for a later stage; about 950 give a pair")
     eval_prompts: int = setting(200, 40, "held-out prompts, with five answers to each")
-    tidy: bool = setting(False, None, "no nonsense in the judging data; the judge overrates it then")
+    tidy: bool = setting(False, None, "judging data without nonsense, which a judge then overrates")
 
 
 def recipe_stages(recipe, world, demonstrations, make_judgements):
