@@ -2135,7 +2135,9 @@ def as_item(entry, text, max_seq_len, vocab):
 def as_pair(entry, text, max_seq_len, vocab):
     """A PreferencePair, made of one, of texts (prompt, chosen, rejected), or of a dict of these."""
     if isinstance(entry, dict):
-        entry = [entry.get(name) for name in ("prompt", "chosen", "rejected")]
+        missing = [name for name in ("prompt", "chosen", "rejected") if name not in entry]
+        require(not missing, f"no {' and no '.join(missing)}")
+        entry = [entry[name] for name in ("prompt", "chosen", "rejected")]
     if isinstance(entry, PreferencePair):
         prompt, *answers = map(as_ids, entry[:3])
         items = [(torch.cat((prompt, answer)), len(prompt)) for answer in answers]
@@ -2285,7 +2287,7 @@ class SelfRewardingTrainer:
         """Check whatever can be checked before any work."""
         vocab, eos_id = vocabulary_size(self.model), self.text.eos_id
         world_size = rank_and_world_size()[1]
-        require(eos_id is None or 0 <= eos_id < vocab, f"eos_id={eos_id} is outside the model's "
+        require(eos_id is None or eos_id in range(vocab), f"{eos_id=} is outside the model's "
                 f"vocabulary of {vocab}; with eos_id=None answers end by length")
         for stage, config in enumerate(self.configs):
             with named(f"stage {stage} ({config.kind})", ValueError):
@@ -2382,7 +2384,7 @@ class SelfRewardingTrainer:
             fields = {"kind": config.kind, **vars(config)}
             for name, data in datasets_of(config).items():
                 entries = json.dumps([data[j] for j in range(len(data))], default=comparable)
-                fields[name] = zlib.crc32(entries.encode())
+                fields[name] = f"checksum {zlib.crc32(entries.encode())}"
             found |= {f"stage {i}, {name}": value for name, value in fields.items()}
         return json.loads(json.dumps(found, default=comparable))
 
@@ -2522,7 +2524,7 @@ class Options(Recipe):
                  "tidy", "instructions", "skip_long")
         found = {name: getattr(self, name) for name in names}
         files = {"--sft": self.sft, "--judged": self.judged, "--prompts": self.prompts}
-        return found | {f"contents of {flag}": zlib.crc32(Path(path).read_bytes())
+        return found | {f"contents of {flag}": f"checksum {zlib.crc32(Path(path).read_bytes())}"
                         for flag, path in files.items() if path}
 
 
