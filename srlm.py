@@ -153,8 +153,8 @@ class LetterTask:
         return INSTRUCTIONS[name](letters)
 
     def points(self, prompt, response):
-        """Five points, 0 or 1 each. "Ordered": two or more letters of the prompt occur, each once,
-        in the order of the perfect answer. (Other characters cost "relevant", not this point.)"""
+        """Five points, 0 or 1 each. "Ordered": two or more letters of the prompt occur, none of them
+        twice, in the order of the perfect answer. (Other characters cost "relevant", not this.)"""
         target = self.target(prompt)
         body = response.removeprefix("Sure: ").removesuffix(".")
         places = [target.index(letter) for letter in body if letter in target]
@@ -236,7 +236,7 @@ class TextFormat:
     (tensor([ 62,  32, 104, 105,  58, 121, 111, 256]), 5)
     """
 
-    # The first two fields hold functions of one argument; the defaults stand above.
+    # The first two fields hold functions of one argument; defaults: the two functions above.
     encode: Callable[[str], Sequence[int] | Tensor] = encode
     decode: Callable[[Tensor], str] = decode
     chat_template: str = "{{ prompt }}"
@@ -577,8 +577,8 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 # Now take any policy pi, even the one in training, and put r = beta log(pi / ref) into the formula
 # for the optimum: exp(r / beta) is pi / ref, so the optimum is ref (pi / ref) / Z = pi / Z, where Z
 # is 1 because pi adds up to 1 already. So every policy is the optimum for a reward of its own, its
-# IMPLICIT REWARD. (It is so for other rewards too: those with one number added for all responses to
-# x. That changes Z, but no difference between two responses, and the loss below needs no more.)
+# IMPLICIT REWARD. (pi is also the optimum for this reward plus any number c(x). That changes Z, but
+# no difference between two responses to x, and the loss below needs only such a difference.)
 #
 # The usual way (RLHF) fits a reward to the preferences, and then searches for its optimal policy.
 # DPO changes pi until its implicit reward fits the preferences. No search is left, because pi is
@@ -862,7 +862,7 @@ def pick_best_worst(rewards):
 
 def make_pair(prompt, candidates, rewards, pick_pair=pick_best_worst, is_valid_pair=None):
     """(outcome, pair) of the N candidates of a prompt. The pair may be None. The outcomes are
-        "pairs"      there is a pair
+        "pairs"      there is a pair (the name under which they are counted)
         "unparsed"   nothing was picked, and fewer than two candidates have a reward
         "tied"       nothing was picked, although two or more candidates have a reward
         "invalid"    the two have equal tokens, or is_valid_pair refuses their rewards
@@ -889,7 +889,8 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
 
     Prompts are worked through in chunks of P <= 64. reward_fn is called once per chunk, with P * N
     candidates, and returns as many numbers in a list, array or tensor, NaN for no opinion.
-    n_pairs: stop at this many. One pass over the prompts; one listed twice is asked twice.
+    n_pairs: stop at this many, and write no further chunk. One pass over the prompts; one listed
+    twice is asked twice.
     is_valid_pair(chosen_reward, rejected_reward): by default, chosen_reward > rejected_reward.
     sampling: max_new_tokens, temperature, logit_filter of sample(). All draws follow from the seed,
     those of reward_fn and pick_pair too, because torch's global generator is seeded.
@@ -1134,8 +1135,8 @@ def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
     points = []
     model.train()
     for step in progress(range(1, steps + 1), f"training, {config.kind}"):
-        # The learning rate climbs linearly to its peak, then falls linearly to zero, which it would
-        # reach one step after the last.
+        # The learning rate climbs linearly to its peak (first term), then falls linearly to zero
+        # (second term), which it would reach one step after the last.
         fraction = min(step / peak_step, (steps + 1 - step) / (steps + 1 - peak_step))
         optimizer.param_groups[0]["lr"] = config.learning_rate * fraction
         optimizer.zero_grad()
@@ -1220,7 +1221,7 @@ class SelfPlayConfig(StageConfig):
 
     What usually goes wrong: the rejected answers are written once, at the start of the round, and a
     small lam lets the model move far from the one that wrote them. So a long round overshoots: what
-    the model wrote too often at first becomes too rare.
+    the model wrote too often at first is pushed down further when it is hardly written any more.
     """
 
     kind: ClassVar[str] = "spin"
@@ -1250,8 +1251,8 @@ class SelfPlayConfig(StageConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig(StageConfig):
-    """DPO [2] on pairs that exist already: what load_pairs (section 16) returns, triples of texts
-    (prompt, chosen, rejected), or dicts with these keys."""
+    """DPO [2] on pairs that exist already: either what load_pairs (section 16) returns, or texts as
+    triples (prompt, chosen, rejected), or as dicts with these keys."""
 
     kind: ClassVar[str] = "dpo"
     pair_dataset: Any
@@ -1280,7 +1281,7 @@ class RewardStageConfig(StageConfig):
     n_candidates: int = 4  # N in [1]
     n_pairs: int | None = None  # None: as many as there are; 3,964 and 6,942 in the rounds of [1]
     pick_pair: Callable = pick_best_worst
-    is_valid_reward_pair: Callable[[float, float], bool] | None = None  # section 7: is_valid_pair
+    is_valid_reward_pair: Callable[[float, float], bool] | None = None  # is_valid_pair of section 7
     pairs_file: Any = None  # a path: the pairs are saved there, to be looked at
     max_new_tokens: int = 64  # of an answer
     temperature: float = 1.0  # of an answer. [1] has 0.7: too little variety for a small model
@@ -1390,7 +1391,9 @@ def judging_metrics(truth, judged):
     judge_spearman   correlation of the ranks of true and judged scores, mean over the prompts
     judge_kendall    mean of Kendall's tau-b: (right - wrong pairs) / pairs, corrected for ties
 
-    (In Table 4, "5-best" is about answers that the judge scores 5, "exact match" about rankings.)
+    Two differ from Table 4 in spite of their names: there "5-best" is about answers that the judge
+    scores 5, and "exact match" about whole rankings.
+
     A judged NaN ties with everything in pairs and ranks, and counts as a miss otherwise. Prompts
     for which a number is not defined are left out; the number is None if that leaves none.
 
@@ -1403,8 +1406,9 @@ def judging_metrics(truth, judged):
     # Kendall: the sum of true_sign * judged_sign counts pairs in the right order minus pairs in the
     # wrong order. tau-b divides it by the Euclidean norms of the two sign vectors: their cosine.
     #
-    # Spearman: the correlation of ranks. The signs summed over j are the ranks doubled and shifted
-    # to mean 0 (the scores 1, 2, 3 give -2, 0, 2); the correlation of such lists is their cosine.
+    # Spearman: the correlation of ranks. The signs summed over j (answers below minus those above)
+    # are the ranks doubled and shifted to mean 0: the scores 1, 2, 3 give -2, 0, 2. The correlation
+    # of lists with mean 0 is their cosine.
     true_sign, judged_sign = (np.nan_to_num(np.sign(x[:, :, None] - x[:, None, :]))
                               for x in (truth, judged))
 
@@ -1441,7 +1445,7 @@ def measure(model, world, text, graded_answers, previous_scores):
     oracle_score: mean true score, which a program, the "oracle", knows, of drawn answers;
     oracle_greedy: the same of answers at temperature 0;
     perfect_rate: share of drawn answers with 5; self_score: mean score that the model gives them;
-    and judging_metrics of graded_answers.
+    scores: the true scores (P, 5), and head_to_head of them; judging_metrics of graded_answers.
 
     world: see section 11. graded_answers: a list of (prompt, answer, true score), five per prompt,
     or None if the model cannot judge yet. previous_scores: the `scores` (P, 5) of the model before,
@@ -1463,7 +1467,10 @@ def measure(model, world, text, graded_answers, previous_scores):
                  "oracle_greedy": float(np.mean(greedy_scores)), "scores": scores.tolist()}
         found |= head_to_head(scores, previous_scores) if previous_scores is not None else {}
     if graded_answers is not None:
-        grade = functools.partial(judge, model, world.JUDGE, max_new_tokens=MAX_VERDICT_TOKENS)
+        # As a stage judges; always with three samples, so that all runs are measured alike.
+        grade = functools.partial(
+            judge, model, world.JUDGE, encode=text.encode, decode=text.decode, eos_id=text.eos_id,
+            max_new_tokens=MAX_VERDICT_TOKENS)
         self_score = float(grade(asked, answers).nanmean())
         found["self_score"] = None if math.isnan(self_score) else self_score
         if graded_answers:  # your own data may have no held-out example
