@@ -153,8 +153,8 @@ class LetterTask:
         return INSTRUCTIONS[name](letters)
 
     def points(self, prompt, response):
-        """Five points, 0 or 1 each. "Ordered": two or more letters of the prompt occur, none twice, in
-        the order of the perfect answer. (Other characters cost "relevant", not this point.)"""
+        """Five points, 0 or 1 each. "Ordered": two or more letters of the prompt occur, none twice,
+        and in the order of the perfect answer. (Other characters cost "relevant", not this one.)"""
         target = self.target(prompt)
         body = response.removeprefix("Sure: ").removesuffix(".")
         places = [target.index(letter) for letter in body if letter in target]
