@@ -970,7 +970,7 @@ def is_read_as(config, reply, score):
 @grades("RewardConfig.parse")
 @every_template
 def test_hostile_replies_cost_no_time(template, sizes=(*range(8, 40), 100, 300, 1000), seconds=3):
-    """A reply of 1,000 characters is read within 3 seconds, as no expression backtracks for ever."""
+    """A reply of 1,000 characters is read in 3 seconds, as no expression backtracks for ever."""
     config = verdict(template)
     for size, hostile, start in itertools.product(sizes, HOSTILE, ("", "a b", "Score:")):
         began = time.process_time()
