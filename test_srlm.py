@@ -969,8 +969,8 @@ def is_read_as(config, reply, score):
 
 @grades("RewardConfig.parse")
 @every_template
-def test_hostile_replies_cost_no_time(template, sizes=(*range(8, 40), 100, 300, 1000), seconds=3):
-    """A reply of 1,000 characters is read in 3 seconds, as no expression backtracks for ever."""
+def test_hostile_replies_cost_no_time(template, sizes=(*range(8, 40), 100, 300, 1000), seconds=1):
+    """A reply of 1,000 characters is read within a second, as no expression backtracks for ever."""
     config = verdict(template)
     for size, hostile, start in itertools.product(sizes, HOSTILE, ("", "a b", "Score:")):
         began = time.process_time()
@@ -1401,11 +1401,14 @@ def test_rewards_may_come_in_any_form():
 
 @given(SEEDS)
 def test_pairs_can_be_generated_twice(seed):
-    """A second call gives the same, torch's generator keeps its state, no tensors share storage."""
-    one, state = write(seed=seed)[0], torch.get_rng_state()
-    two = write(seed=seed)[0]
+    """A seed fixes the pairs, torch's generator keeps its state, and no tensors share storage."""
+    one = write(seed=seed)[0]
+    torch.rand(3)  # the state of torch's generator must not matter
+    state = torch.get_rng_state()
+    two, other = write(seed=seed)[0], write(seed=seed + 1)[0]
     same(torch.get_rng_state(), state)
     same([list(pair) for pair in two], [list(pair) for pair in one])
+    assert [pair.chosen.tolist() for pair in one] != [pair.chosen.tolist() for pair in other]
     rows = [ids for pair in one + two for ids in pair[:3]]
     assert len({ids.untyped_storage().data_ptr() for ids in rows}) == len(rows) > 9
     assert all(ids.untyped_storage().nbytes() == 8 * len(ids) for ids in rows)  # nor hold a batch
@@ -3124,7 +3127,7 @@ def test_two_forked_processes_train_to_the_weights_of_one(tmp_path):
         torch.testing.assert_close(first[name][1], state, atol=tolerance, rtol=tolerance)
         same(second[name][1], first[name][1])
         torch.testing.assert_close([first[name][0], second[name][0]], [record] * 2,
-                                   atol=1e-5, rtol=1e-5)
+                                   atol=5e-6, rtol=5e-6)
         assert (first[name][2], second[name][2]) == (files, [])  # the first one writes them
     assert first_stop == [3, 3] and second_stop == [3, 0]
 
