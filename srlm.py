@@ -47,7 +47,7 @@ name or a comment says what it does.
 Sources, cited as [1] to [5]:
     [1] arXiv:2401.10020  Self-Rewarding Language Models: the loop, its judge, its figures
     [2] arXiv:2305.18290  Direct Preference Optimization (DPO): the loss
-    [3] arXiv:2401.01335  Self-Play Fine-Tuning (SPIN): DPO that prefers the demonstrations
+    [3] arXiv:2401.01335  Self-Play Fine-Tuning (SPIN): DPO with demonstrations as chosen answers
     [4] arXiv:2402.04792  Online AI Feedback: another model as the judge
     [5] arXiv:2404.19733  Iterative Reasoning Preference Optimization: DPO with a likelihood term
 
@@ -135,7 +135,7 @@ class LetterTask:
 
     POINTS = ("polite", "relevant", "complete", "ordered", "full stop")
     CHAT_TEMPLATE = "> {{ prompt }}\n"  # what the model sees before it answers: "> sort dbca\n"
-    JUDGE: RewardConfig  # how a judge is asked, set in section 6: "? sort dbca\nSure: abcd.\n"
+    JUDGE: RewardConfig  # assigned in section 6; a judge is asked "? sort dbca\nSure: abcd.\n"
     max_new_tokens = 16  # of an answer: "Sure: ", up to 8 letters, ".", and a token for the end
     letters = "abcdefgh"
 
@@ -236,7 +236,7 @@ class TextFormat:
     (tensor([ 62,  32, 104, 105,  58, 121, 111, 256]), 5)
     """
 
-    # The first two fields hold functions of one argument; defaults: the two functions above.
+    # Two functions, by default the two above. Fields of an object are called without self.
     encode: Callable[[str], Sequence[int] | Tensor] = encode
     decode: Callable[[Tensor], str] = decode
     chat_template: str = "{{ prompt }}"
@@ -457,7 +457,7 @@ def last_logits(model, ids):
     lengths = (unique != PAD).sum(dim=1)
     logits = [None] * len(unique)
     for rows in pieces_by_tokens(lengths.tolist()):  # indices of rows of similar length
-        ends = lengths[rows]  # a row ends at this position
+        ends = lengths[rows]  # (rows,); the last token of a row is at ends - 1
         piece = unique[rows, : int(ends.max())].clamp(min=0)  # PAD -> 0; a causal model ignores it
         if hasattr(model, "next_token_logits"):
             found = model.next_token_logits(piece, ends)
@@ -519,7 +519,8 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
                 # (With torch.multinomial the draws of a row would depend on the other rows.)
                 is_apple = ids.device.type == "mps"  # Apple's GPU, which has no float64
                 probs = logits.to(torch.float32 if is_apple else torch.float64).softmax(-1)
-                cumulative = probs.cumsum(-1)  # (active rows, V); the last is 1 up to rounding
+                cumulative = probs.cumsum(-1)  # (active rows, V)
+                # Times the last, which rounding may leave below 1: the level must not exceed it.
                 level = uniform[active, step].unsqueeze(1).to(probs.dtype) * cumulative[:, -1:]
                 tokens = torch.searchsorted(cumulative, level, right=True).squeeze(1)
             ids[active, lengths[active]] = tokens
@@ -569,16 +570,16 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 #     r(x, y) - beta (log( pi(y|x) / ref(y|x) ) + 1) - m(x) = 0
 #
 # (d/dpi of pi log(pi / ref) is log(pi / ref) + 1.) Solve for log(pi / ref), which is
-# r / beta - (1 + m(x) / beta). So the optimum is
+# r / beta - (1 + m(x) / beta). So the optimum pi* is
 #
-#     pi(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x),   where Z(x) = exp(1 + m(x) / beta); m(x) is
-#                                                      such that all pi(y|x) add up to 1
+#     pi*(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x),  where Z(x) = exp(1 + m(x) / beta); m(x) is
+#                                                      such that all pi*(y|x) add up to 1
 #
-# Now take any policy pi, even the one in training, and put r = beta log(pi / ref) into the formula
-# for the optimum: exp(r / beta) is pi / ref, so the optimum is ref (pi / ref) / Z = pi / Z, where Z
-# is 1 because pi adds up to 1 already. So every policy is the optimum for a reward of its own, its
-# IMPLICIT REWARD. (pi is also the optimum for this reward plus any number c(x). That changes Z, but
-# no difference between two responses to x, and the loss below needs only such a difference.)
+# Now take any policy pi, even the one in training, and put r = beta log(pi / ref) into this. Then
+# exp(r / beta) is pi / ref, so pi* = ref (pi / ref) / Z = pi / Z, where Z is 1 because pi adds up
+# to 1 already. So every policy is the optimum for a reward of its own, its IMPLICIT REWARD. (Adding
+# any number c(x) to that reward changes Z alone. It cancels in the difference of the rewards of two
+# responses to x, and the loss below uses nothing else.)
 #
 # The usual way (RLHF) fits a reward to the preferences, and then searches for its optimal policy.
 # DPO changes pi until its implicit reward fits the preferences. No search is left, because pi is
@@ -659,8 +660,8 @@ def sft_loss(model, ids, prompt_lens, pad_id=PAD):
     """Supervised fine-tuning: mean of -log p over all response tokens of a batch; scalar, in nats.
 
     The mean is over tokens and not over rows. It is zero, with zero gradient, if no row has a
-    response. (Training, in section 8, divides the same sum by the same count; there every item has
-    a response.)
+    response. (Training does not call this: sft_objective, in section 8, returns the sum and the
+    count apart.)
 
     >>> uniform = lambda ids: torch.zeros(*ids.shape, VOCAB_SIZE)
     >>> sft_loss(uniform, torch.tensor([[5, 6, 7, EOS, PAD]]), torch.tensor([2]))     # ln 257
@@ -751,7 +752,8 @@ class RewardConfig:
 
         A score is a finite decimal number with ASCII digits, such as 4, -1, 2.5 or .5.
         Case, the amount of white space, Markdown emphasis (* _ `), and one opening bracket or quote
-        before the number do not matter; white space between text and number may be missing.
+        before the number do not matter; white space between text and number may be missing. What
+        follows the number, such as "/5", does not matter unless the template goes on.
         """
         # last_number, in section 13, finds the number at {{ reward }} in the last verdict.
         parse = self.parse_reward or functools.partial(last_number, self.reward_regex_template)
@@ -862,7 +864,7 @@ def pick_best_worst(rewards):
 
 def make_pair(prompt, candidates, rewards, pick_pair=pick_best_worst, is_valid_pair=None):
     """(outcome, pair) of the N candidates of a prompt. The pair may be None. The outcomes are
-        "pairs"      there is a pair (the name under which they are counted)
+        "pairs"      there is a pair (plural, because it is also the key of the count)
         "unparsed"   nothing was picked, and fewer than two candidates have a reward
         "tied"       nothing was picked, although two or more candidates have a reward
         "invalid"    the two have equal tokens, or is_valid_pair refuses their rewards
@@ -983,7 +985,7 @@ def sft_objective(items, weight=1.0):
 def pair_logprobs(model, pairs):
     """log p(chosen | prompt) and log p(rejected | prompt) of each pair: (B,) each, in nats.
 
-    >>> uniform = nn.Embedding.from_pretrained(torch.zeros(257, 257))  # ids -> 257 logits each, 0
+    >>> uniform = nn.Embedding.from_pretrained(torch.zeros(257, 257))  # device_of() needs weights
     >>> pair = PreferencePair(prompt=torch.tensor([7]), chosen=torch.tensor([8]),
     ...                       rejected=torch.tensor([9]))
     >>> pair_logprobs(uniform, [pair])                                     # ln(1/257) each
@@ -1221,7 +1223,7 @@ class SelfPlayConfig(StageConfig):
 
     What usually goes wrong: the rejected answers are written once, at the start of the round, and a
     small lam lets the model move far from the one that wrote them. So a long round overshoots: what
-    the model wrote too often at first is pushed down further when it is hardly written any more.
+    the model wrote too often at first is still pushed down after it has almost disappeared.
     """
 
     kind: ClassVar[str] = "spin"
@@ -1391,8 +1393,8 @@ def judging_metrics(truth, judged):
     judge_spearman   correlation of the ranks of true and judged scores, mean over the prompts
     judge_kendall    mean of Kendall's tau-b: (right - wrong pairs) / pairs, corrected for ties
 
-    Two differ from Table 4 in spite of their names: there "5-best" is about answers that the judge
-    scores 5, and "exact match" about whole rankings.
+    best5 and exact differ from Table 4: its "5-best" is about answers that the judge scores 5, and
+    its "exact match" is about whole rankings.
 
     A judged NaN ties with everything in pairs and ranks, and counts as a miss otherwise. Prompts
     for which a number is not defined are left out; the number is None if that leaves none.
@@ -1437,13 +1439,14 @@ def head_to_head(scores, others):
     {'win': 0.5, 'tie': 0.5, 'lose': 0.0}
     """
     sign = np.sign(np.asarray(scores) - np.asarray(others))
-    return {name: float((sign == of).mean()) for name, of in (("win", 1), ("tie", 0), ("lose", -1))}
+    signs = {"win": 1, "tie": 0, "lose": -1}
+    return {name: float((sign == wanted).mean()) for name, wanted in signs.items()}
 
 
 def measure(model, world, text, graded_answers, previous_scores):
     """What is measured after each stage: how well a model writes, and how well it judges.
-    oracle_score: mean true score, which a program, the "oracle", knows, of drawn answers;
-    oracle_greedy: the same of answers at temperature 0;
+    oracle_score: mean true score of answers drawn at temperature 1 (the oracle is the program that
+    knows it); oracle_greedy: the same of answers at temperature 0;
     perfect_rate: share of drawn answers with 5; self_score: mean score that the model gives them;
     scores: the true scores (P, 5), and head_to_head of them; judging_metrics of graded_answers.
 
@@ -1467,10 +1470,10 @@ def measure(model, world, text, graded_answers, previous_scores):
                  "oracle_greedy": float(np.mean(greedy_scores)), "scores": scores.tolist()}
         found |= head_to_head(scores, previous_scores) if previous_scores is not None else {}
     if graded_answers is not None:
-        # As a stage judges; always with three samples, so that all runs are measured alike.
+        # As a stage judges; always with 3 samples, so that all runs are measured alike.
         grade = functools.partial(
             judge, model, world.JUDGE, encode=text.encode, decode=text.decode, eos_id=text.eos_id,
-            max_new_tokens=MAX_VERDICT_TOKENS)
+            n_samples=3, max_new_tokens=MAX_VERDICT_TOKENS)
         self_score = float(grade(asked, answers).nanmean())
         found["self_score"] = None if math.isnan(self_score) else self_score
         if graded_answers:  # your own data may have no held-out example
@@ -1527,7 +1530,7 @@ def setting(default, quick, reason):
 class Recipe:
     """The numbers of the recipe, each with a flag on the command line. Settings of a stage or of
     the model that are not listed here keep their defaults from sections 3, 8 and 9, except
-    max_new_tokens and max_judge_tokens."""
+    max_new_tokens, max_judge_tokens, and loss_on_prompt for M0."""
 
     # name                        default  quick  what it is, and why this value
     stages: str = setting("sft,self,self", None, "stages after M0: sft, self, spin, external")
@@ -1547,7 +1550,7 @@ class Recipe:
     judgements: int = setting(12000, 1500, "number of judgements; 1,630 in [1], for 70B")
     stage_prompts: int = setting(1000, 96, "prompts for a later stage; about 950 give a pair")
     eval_prompts: int = setting(200, 40, "held-out prompts, with five answers to each")
-    tidy: bool = setting(False, None, "judging data without nonsense, which a judge then overrates")
+    tidy: bool = setting(False, None, "no nonsense in the judging data: judges overrate nonsense")
 
 
 def recipe_stages(recipe, world, demonstrations, make_judgements):
