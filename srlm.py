@@ -135,7 +135,7 @@ class LetterTask:
 
     POINTS = ("polite", "relevant", "complete", "ordered", "full stop")
     CHAT_TEMPLATE = "> {{ prompt }}\n"  # what the model sees before it answers: "> sort dbca\n"
-    JUDGE: RewardConfig  # assigned in section 6; a judge is asked "? sort dbca\nSure: abcd.\n"
+    JUDGE: RewardConfig  # how a judge is asked, see section 6: "? sort dbca\nSure: abcd.\n"
     max_new_tokens = 16  # of an answer: "Sure: ", up to 8 letters, ".", and a token for the end
     letters = "abcdefgh"
 
@@ -236,7 +236,7 @@ class TextFormat:
     (tensor([ 62,  32, 104, 105,  58, 121, 111, 256]), 5)
     """
 
-    # Two functions, by default the two above. Fields of an object are called without self.
+    # Two functions, by default the two above; called with the text or the ids alone, without self.
     encode: Callable[[str], Sequence[int] | Tensor] = encode
     decode: Callable[[Tensor], str] = decode
     chat_template: str = "{{ prompt }}"
@@ -305,10 +305,10 @@ def apply_rope(x, rotations):
     Two neighbouring features are one complex number. At position t it is multiplied by e^(i t w),
     where w is a constant of the pair. rotations (T, D/(2H), 2) holds cos(t w) and sin(t w).
 
-    Why: take a pair a = a1 + i a2 of a query at s, and b of a key at t. Their dot product
-    a1 b1 + a2 b2 is Re( a conj(b) ), where conj turns i into -i. After the rotations it is
-        Re( a e^(i s w) conj(b e^(i t w)) ) = Re( a conj(b) e^(i (s - t) w) )
-    so positions enter by their distance s - t alone.
+    Why: a pair a = a1 + i a2 of a query at s and a pair b of a key at t have the dot product
+    a1 b1 + a2 b2 = Re( a conj(b) ), where conj turns i into -i. After the rotations it is
+        Re( a e^(i s w) conj(b e^(i t w)) ) = Re( a conj(b) e^(i (s - t) w) ),
+    which depends on the distance s - t alone.
 
     >>> quarter_turn = torch.tensor([[[0.0, 1.0]]])        # 1 position, 1 pair: cos and sin of 90
     >>> apply_rope(torch.tensor([[3.0, 4.0]]), quarter_turn)   # (3 + 4i) i
@@ -520,7 +520,7 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
                 is_apple = ids.device.type == "mps"  # Apple's GPU, which has no float64
                 probs = logits.to(torch.float32 if is_apple else torch.float64).softmax(-1)
                 cumulative = probs.cumsum(-1)  # (active rows, V)
-                # Times the last, which rounding may leave below 1: the level must not exceed it.
+                # The last of `cumulative` is 1 up to rounding; the level must stay below it.
                 level = uniform[active, step].unsqueeze(1).to(probs.dtype) * cumulative[:, -1:]
                 tokens = torch.searchsorted(cumulative, level, right=True).squeeze(1)
             ids[active, lengths[active]] = tokens
@@ -555,42 +555,34 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 #
 # What DPO wants. We have two responses to a prompt x, and somebody preferred the "chosen" one. The
 # obvious loss, -log p(chosen) + log p(rejected), has a gradient that never fades: however small
-# p(rejected) is, it is pushed down further, until the model writes nonsense. DPO starts from a goal
-# that has an optimum. Let pi be the policy and ref the reference. Maximise the mean of a reward
-# r(x, y) over the responses of the policy, minus beta times the mean of log( pi(y|x) / ref(y|x) ).
-# (We shall not need to know r: for the loss at the end it is enough to know which was preferred.)
+# p(rejected) is, it is pushed down further, until the model writes nonsense. So DPO starts from a
+# goal that has an optimum: a high mean reward, without going far from the reference. Here r(x, y)
+# is the unknown reward behind the preferences (the judge's scores say only which response is
+# chosen), pi(y|x) is the probability of response y under the policy, and ref(y|x) under the
+# reference:
 #
-#     max_pi  sum over y of [ pi(y|x) r(x, y) - beta pi(y|x) log( pi(y|x) / ref(y|x) ) ]
+#     max_pi  sum over y of pi(y|x) [ r(x, y) - beta log( pi(y|x) / ref(y|x) ) ]
 #
-# The sum of pi log(pi / ref) is the KL divergence, a measure of how far pi is from ref. The pi(y|x)
-# must add up to 1 over y. So add a term that is 0 if they do, m(x) (1 - sum of pi), with a
-# number m(x) still to be found (a Lagrange multiplier). Treat each pi(y|x) as a number of its own,
-# and set the derivative with respect to it to zero:
+# The sum of pi log(pi / ref) is the KL divergence, KL(pi || ref), a measure of how far pi is from
+# ref: 0 if they are equal, positive if not. The optimum is pi*, in which Z(x) is such that all
+# pi*(y|x) add up to 1 (Eq. 4 of [2]); solved for r, it is the second line:
 #
-#     r(x, y) - beta (log( pi(y|x) / ref(y|x) ) + 1) - m(x) = 0
+#     pi*(y|x) = ref(y|x) exp( r(x, y) / beta ) / Z(x)
+#     r(x, y)  = beta log( pi*(y|x) / ref(y|x) ) + beta log Z(x)
 #
-# (d/dpi of pi log(pi / ref) is log(pi / ref) + 1.) Solve for log(pi / ref), which is
-# r / beta - (1 + m(x) / beta). So the optimum pi* is
+# It is the optimum because with this r the goal becomes beta log Z(x) - beta KL(pi || pi*), which
+# is largest at pi = pi*. Now read the second line for any policy: it is the optimum for that
+# reward. The first term is its IMPLICIT REWARD. The second is the same for all responses to x, so
+# it cancels in the difference of the rewards of two responses, and the loss uses nothing else.
 #
-#     pi*(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x),  where Z(x) = exp(1 + m(x) / beta); m(x) is
-#                                                      such that all pi*(y|x) add up to 1
-#
-# Now take any policy pi, even the one in training, and put r = beta log(pi / ref) into this. Then
-# exp(r / beta) is pi / ref, so pi* = ref (pi / ref) / Z = pi / Z, where Z is 1 because pi adds up
-# to 1 already. So every policy is the optimum for a reward of its own, its IMPLICIT REWARD. (Adding
-# any number c(x) to that reward changes Z alone. It cancels in the difference of the rewards of two
-# responses to x, and the loss below uses nothing else.)
-#
-# The usual way (RLHF) fits a reward to the preferences, and then searches for its optimal policy.
-# DPO changes pi until its implicit reward fits the preferences. No search is left, because pi is
-# the optimum for that reward already. What "fits" means is said by the Bradley-Terry model, which
-# turns a reward into a prediction: y1 is preferred to y2 with probability
-# sigmoid(r(x, y1) - r(x, y2)). The loss is minus the log of this probability where y1 is the chosen
-# response and y2 the rejected one:
+# What links rewards to preferences is an assumption, the Bradley-Terry model: y1 is preferred to y2
+# with probability sigmoid( r(x, y1) - r(x, y2) ). The loss is minus the log of this probability for
+# the implicit reward of the policy, where y1 is the chosen response and y2 the rejected one:
 #
 #     -log sigmoid( beta log( pi(y1|x) / ref(y1|x) ) - beta log( pi(y2|x) / ref(y2|x) ) )
 #
-# Its gradient fades as the difference grows.
+# Its gradient fades as the difference grows. (The usual way, RLHF, fits a reward to the preferences
+# and then searches for its optimum. A policy is the optimum for its implicit reward already.)
 
 
 def row_lengths(ids, pad_id):
@@ -679,9 +671,9 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta=0
 
     Returns (losses, rewards of the chosen, rewards of the rejected), the rewards detached. If the
     policy equals the reference, the loss is log 2. Larger beta keeps the policy closer to the
-    reference: the loss then fades after a smaller change of log pi. (beta is 0.1 in [1], and 1 in
-    section 11.) Only the difference of the rewards counts: log pi(chosen) may fall, if
-    log pi(rejected) falls more.
+    reference: the loss sees beta times the change of log pi, so it fades after a smaller change.
+    (beta is 0.1 in [1], and 1 in section 11.) Only the difference of the rewards counts:
+    log pi(chosen) may fall, if log pi(rejected) falls more.
 
     >>> logp = torch.tensor
     >>> dpo_loss(logp([-4.0]), logp([-9.0]), logp([-5.0]), logp([-6.0]), beta=0.5)
@@ -718,7 +710,7 @@ class RewardConfig:
 
     prompt_template: the template of the judge prompt, with {{ prompt }} and {{ response }}.
     reward_regex_template: what a verdict looks like: literal text with one {{ reward }}. (Despite
-    the name, it is not a regular expression.)
+    the name, it is not a regular expression; parse() says what need not be exact.)
     parse_reward: your own function from a reply to a score or None, instead of that template.
     reward_range: (lowest, highest) score; a score outside counts as none.
     ValueError for a template with missing or unknown variables, or with {{ reward }} twice.
@@ -837,7 +829,11 @@ def judge(model, reward_config, prompts, responses, *, encode=encode, decode=dec
 
 class PreferencePair(NamedTuple):
     """Token ids of one prompt and two responses, their rewards, and their log-probabilities under
-    the reference, filled in by with_reference_logprobs (section 8)."""
+    the reference, filled in by with_reference_logprobs (section 8).
+
+    >>> PreferencePair(*torch.tensor([[7], [8], [9]])).rejected
+    tensor([9])
+    """
 
     prompt: Tensor  # 1-D, inside the chat template
     chosen: Tensor  # 1-D; ends with EOS unless it was cut off
@@ -946,7 +942,12 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
 
 
 class Objective(NamedTuple):
-    """Something to minimise, and the examples that its batches are drawn from."""
+    """Something to minimise, and the examples that its batches are drawn from.
+
+    >>> squares = lambda model, batch: (sum(x**2 for x in batch), len(batch), {})
+    >>> Objective(examples=[1, 2, 3], loss=squares).loss(None, [2, 3])
+    (13, 2, {})
+    """
 
     examples: Sequence
     loss: Callable  # (model, list of examples) -> (sum of losses, count, {metric: sum})
@@ -985,7 +986,7 @@ def sft_objective(items, weight=1.0):
 def pair_logprobs(model, pairs):
     """log p(chosen | prompt) and log p(rejected | prompt) of each pair: (B,) each, in nats.
 
-    >>> uniform = nn.Embedding.from_pretrained(torch.zeros(257, 257))  # device_of() needs weights
+    >>> uniform = nn.Embedding.from_pretrained(torch.zeros(257, 257))  # all logits are 0
     >>> pair = PreferencePair(prompt=torch.tensor([7]), chosen=torch.tensor([8]),
     ...                       rejected=torch.tensor([9]))
     >>> pair_logprobs(uniform, [pair])                                     # ln(1/257) each
@@ -1051,27 +1052,6 @@ def with_reference_logprobs(model, pairs):
     sizes = [2 * (len(p.prompt) + max(len(p.chosen), len(p.rejected))) for p in pairs]
     found = parallel_map(add_reference, pieces_by_tokens(sizes), "reference")
     return [pair for piece in found for pair in piece]
-
-
-def shuffled_batches(examples, batch_size, generator, size=lambda example: 0):
-    """Endless batches; every example is used once per epoch.
-
-    Each run of 2 * batch_size shuffled examples is sorted by size, so that most batches hold
-    examples of similar size and little padding.
-
-    >>> batches = shuffled_batches("abc", 2, torch.Generator().manual_seed(0))
-    >>> sorted(next(batches) + next(batches) + next(batches))
-    ['a', 'a', 'b', 'b', 'c', 'c']
-    """
-    require(len(examples) > 0, "there are no examples to draw batches from")
-    queue, n_sorted = [], 2 * batch_size
-    while True:
-        while len(queue) < batch_size:
-            order = torch.randperm(len(examples), generator=generator).tolist()
-            for at in range(0, len(order), n_sorted):
-                queue += sorted([examples[i] for i in order[at : at + n_sorted]], key=size)
-        yield queue[:batch_size]
-        queue = queue[batch_size:]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1175,7 +1155,11 @@ def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
 
 
 class Context(NamedTuple):
-    """What a stage is told besides the model."""
+    """What a stage is told besides the model.
+
+    >>> Context(seed=3).text.eos_id
+    256
+    """
 
     text: TextFormat = TextFormat()
     judges: dict[str, RewardConfig] = {"default": DEFAULT_REWARD_CONFIG}  # by name
@@ -1200,7 +1184,12 @@ def minimise(model, objective, config, context):
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig(StageConfig):
-    """Supervised fine-tuning on items (ids, prompt_len). loss_on_prompt=True: prompts count too."""
+    """Supervised fine-tuning on items (ids, prompt_len). loss_on_prompt=True: prompts count too.
+
+    >>> stage = SFTConfig(train_dataset=[TextFormat().item("hi", "yo")], steps=3)
+    >>> stage.run(Transformer(ModelConfig(dim=8, depth=1)), Context())["steps"]
+    3
+    """
 
     kind: ClassVar[str] = "sft"
     train_dataset: Any
@@ -1221,9 +1210,14 @@ class SelfPlayConfig(StageConfig):
     better than its demonstrations: once it writes as they do, chosen and rejected answers are
     alike, and nothing is left to learn (Theorem 5.2 of [3]).
 
-    What usually goes wrong: the rejected answers are written once, at the start of the round, and a
-    small lam lets the model move far from the one that wrote them. So a long round overshoots: what
-    the model wrote too often at first is still pushed down after it has almost disappeared.
+    What usually goes wrong: the rejected answers are written once, at the start of the round, and
+    with a small lam the gradient fades only after a large change of log p. So a long round
+    overshoots: what the model wrote too often at first is pushed down until it disappears.
+
+    >>> stage = SelfPlayConfig(train_dataset=[TextFormat().item("hi", "yo")], steps=1)
+    >>> record = stage.run(Transformer(ModelConfig(dim=8, depth=1)), Context())
+    >>> round(record["loss"], 4)                                       # log 2: no update yet
+    0.6931
     """
 
     kind: ClassVar[str] = "spin"
@@ -1254,7 +1248,13 @@ class SelfPlayConfig(StageConfig):
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig(StageConfig):
     """DPO [2] on pairs that exist already: either what load_pairs (section 16) returns, or texts as
-    triples (prompt, chosen, rejected), or as dicts with these keys."""
+    triples (prompt, chosen, rejected), or as dicts with these keys.
+
+    >>> stage = DPOConfig(pair_dataset=[("hi", "good", "bad")], steps=9, max_epochs=None)
+    >>> record = stage.run(Transformer(ModelConfig(dim=8, depth=1)), Context())
+    >>> [round(point["loss"], 4) for point in record["history"]][:1]   # log 2 before any update
+    [0.6931]
+    """
 
     kind: ClassVar[str] = "dpo"
     pair_dataset: Any
@@ -1273,7 +1273,11 @@ class DPOConfig(StageConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardStageConfig(StageConfig):
-    """The settings that SelfRewardDPOConfig and ExternalRewardDPOConfig share."""
+    """The settings that SelfRewardDPOConfig and ExternalRewardDPOConfig share.
+
+    >>> RewardStageConfig(prompt_dataset=["hi"], n_candidates=8).max_epochs
+    8
+    """
 
     prompt_dataset: Any  # prompts (str)
     beta: float = 0.1  # this and the next three as in DPOConfig
@@ -1322,7 +1326,13 @@ def preference_round(model, reward_fn, config, context):
 
 @dataclass(frozen=True, kw_only=True)
 class SelfRewardDPOConfig(RewardStageConfig):
-    """Self-rewarding [1]: the model grades its own answers."""
+    """Self-rewarding [1]: the model grades its own answers.
+
+    >>> by_length = RewardConfig("{{ prompt }} {{ response }}", parse_reward=len)  # of the reply
+    >>> stage = SelfRewardDPOConfig(prompt_dataset=["hi", "ho"], reward_config=by_length, steps=1)
+    >>> stage.run(Transformer(ModelConfig(dim=8, depth=1)), Context())["pairs"]
+    2
+    """
 
     kind: ClassVar[str] = "self-reward"
     rewarding_model: nn.Module | None = None  # None: the model itself; another model: as in [4]
@@ -1402,15 +1412,12 @@ def judging_metrics(truth, judged):
     >>> judging_metrics(np.array([[1, 2, 3]]), np.array([[1, 3, 2]]))["judge_pairwise"]
     0.6666666666666666
     """
-    # true_sign[p, i, j] is 1, 0 or -1: is answer i to prompt p better than, as good as, or worse
-    # than answer j?
-    #
-    # Kendall: the sum of true_sign * judged_sign counts pairs in the right order minus pairs in the
-    # wrong order. tau-b divides it by the Euclidean norms of the two sign vectors: their cosine.
-    #
-    # Spearman: the correlation of ranks. The signs summed over j (answers below minus those above)
-    # are the ranks doubled and shifted to mean 0: the scores 1, 2, 3 give -2, 0, 2. The correlation
-    # of lists with mean 0 is their cosine.
+    # true_sign[p, i, j] is 1, 0 or -1: is answer i to prompt p better than answer j, equal, or
+    # worse? The scores 1, 2, 3 have the signs [[0, -1, -1], [1, 0, -1], [1, 1, 0]].
+    # Kendall's tau-b: the sum of true_sign * judged_sign is right minus wrong pairs; divided by the
+    # norms of both it is their cosine.
+    # Spearman's correlation: the sums over j, here -2, 0, 2, are ranks doubled and centred, and the
+    # correlation of centred numbers is their cosine.
     true_sign, judged_sign = (np.nan_to_num(np.sign(x[:, :, None] - x[:, None, :]))
                               for x in (truth, judged))
 
@@ -1450,10 +1457,11 @@ def measure(model, world, text, graded_answers, previous_scores):
     perfect_rate: share of drawn answers with 5; self_score: mean score that the model gives them;
     scores: the true scores (P, 5), and head_to_head of them; judging_metrics of graded_answers.
 
-    world: see section 11. graded_answers: a list of (prompt, answer, true score), five per prompt,
-    or None if the model cannot judge yet. previous_scores: the `scores` (P, 5) of the model before,
-    or None. (With your own data nobody knows a true score: world.score is None, and graded_answers
-    holds one answer per prompt, graded by people, or is an empty list.)
+    world: the task and its data, such as LetterWorld; section 11 lists what is used.
+    graded_answers: a list of (prompt, answer, true score), five per prompt, or None if the model
+    cannot judge yet. previous_scores: the `scores` (P, 5) of the model before, or None.
+    (With your own data nobody knows a true score: world.score is None, and graded_answers holds one
+    answer per prompt, graded by people, or is an empty list.)
 
     >>> world, model = LetterWorld(n_eval=1), Transformer(ModelConfig(dim=8, depth=1))
     >>> sorted(measure(model, world, TextFormat(), graded_answers=None, previous_scores=None))
@@ -1530,16 +1538,20 @@ def setting(default, quick, reason):
 class Recipe:
     """The numbers of the recipe, each with a flag on the command line. Settings of a stage or of
     the model that are not listed here keep their defaults from sections 3, 8 and 9, except
-    max_new_tokens, max_judge_tokens, and loss_on_prompt for M0."""
+    max_new_tokens, max_judge_tokens, and loss_on_prompt for M0.
+
+    >>> Recipe().stages
+    'sft,self,self'
+    """
 
     # name                        default  quick  what it is, and why this value
     stages: str = setting("sft,self,self", None, "stages after M0: sft, self, spin, external")
     dim: int = setting(64, None, "width of the model; 128 is slower and no better here")
     depth: int = setting(4, None, "blocks of the model; comparing two words takes several")
     base_steps: int = setting(400, 60, "updates for M0, until its answers look like answers")
-    sft_steps: int = setting(1500, 120, "updates for M1, most of which go into learning to judge")
+    sft_steps: int = setting(1200, 120, "updates for M1, most of which go into learning to judge")
     sft_learning_rate: float = setting(4e-3, None, "for M0 and M1; 8e-3 diverges on some seeds")
-    dpo_steps: int = setting(240, 30, "updates for a later stage, at most 8 epochs of its pairs")
+    dpo_steps: int = setting(200, 30, "updates for a later stage, at most 8 epochs of its pairs")
     dpo_learning_rate: float = setting(2.5e-4, None, "for later stages; 1e-3 forgets how to judge")
     beta: float = setting(1.0, None, "of DPO, and lambda of SPIN; 0.1 strays from the reference")
     nll_weight: float = setting(0.1, None, "of the likelihood term; 0: a lower true score")
@@ -1548,9 +1560,9 @@ class Recipe:
     judge_samples: int = setting(3, None, "judgements of an answer, as in [1]")
     demonstrations: int = setting(3200, 1600, "number of demonstrations; 3,200 in [1]")
     judgements: int = setting(12000, 1500, "number of judgements; 1,630 in [1], for 70B")
-    stage_prompts: int = setting(1000, 96, "prompts for a later stage; about 950 give a pair")
+    stage_prompts: int = setting(800, 96, "prompts for a later stage; about 770 give a pair")
     eval_prompts: int = setting(200, 40, "held-out prompts, with five answers to each")
-    tidy: bool = setting(False, None, "no nonsense in the judging data: judges overrate nonsense")
+    tidy: bool = setting(False, None, "no nonsense in the judging data; judges then overrate it")
 
 
 def recipe_stages(recipe, world, demonstrations, make_judgements):
@@ -1841,6 +1853,27 @@ def pieces_by_tokens(lengths, limit=4096):
             pieces.append([])
         pieces[-1].append(row)
     return pieces
+
+
+def shuffled_batches(examples, batch_size, generator, size=lambda example: 0):
+    """Endless batches; every example is used once per epoch.
+
+    Each run of 2 * batch_size shuffled examples is sorted by size, so that most batches hold
+    examples of similar size and little padding.
+
+    >>> batches = shuffled_batches("abc", 2, torch.Generator().manual_seed(0))
+    >>> sorted(next(batches) + next(batches) + next(batches))
+    ['a', 'a', 'b', 'b', 'c', 'c']
+    """
+    require(len(examples) > 0, "there are no examples to draw batches from")
+    queue, n_sorted = [], 2 * batch_size
+    while True:
+        while len(queue) < batch_size:
+            order = torch.randperm(len(examples), generator=generator).tolist()
+            for at in range(0, len(order), n_sorted):
+                queue += sorted([examples[i] for i in order[at : at + n_sorted]], key=size)
+        yield queue[:batch_size]
+        queue = queue[batch_size:]
 
 
 class EarlyStopping:

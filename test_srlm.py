@@ -3233,6 +3233,13 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta=0
 
 def spin_loss(policy_real, policy_generated, opponent_real, opponent_generated, *, lam=0.1):
     return dpo_loss(policy_real, policy_generated, opponent_real, opponent_generated, beta=lam)
+
+class RewardConfig:
+    def __init__(self, prompt_template, reward_regex_template, parse_reward, reward_range):
+        self.read = float
+
+    def parse(self, reply):
+        return self.read(reply)
 """
 
 
@@ -3258,8 +3265,8 @@ def test_the_grader_tells_right_from_wrong(job, name="grader"):
     _, output = job(name)
     for line in ("spin_loss +2 of 2", "encode +0 of 2", "exit code 2", "dpo_loss +3 of 3",
                  "top_kk +is no unit; did you mean top_k", "unknown.py  cannot be graded",
-                 r" +in the case name='dpo_loss':",
-                 "spin_loss +is not in mine",
+                 r" +in the case name='dpo_loss':", "spin_loss +is not in mine",
+                 "RewardConfig.parse +0 of 8", " +could not convert string to float",
                  "pick_best_worst +not written yet", "top_k +0 of 3", r" +expected \| yours",
                  r" +stopped after 20 s: an endless loop\?", "RewardConfig.parse +2 of 8",
                  r" +smallest counterexample: numbers=\['[-.0-9]+'\], between=''",
@@ -3456,6 +3463,12 @@ def can_lend(theirs, ours):
     return list(inspect.signature(theirs).parameters) == list(inspect.signature(ours).parameters)
 
 
+def makes_its_own(theirs):
+    """Has a class an __init__ that takes the fields of srlm's class? Its methods may need it."""
+    fields = getattr(srlm, theirs.__name__).__dataclass_fields__.keys()
+    return "__init__" in vars(theirs) and fields <= inspect.signature(theirs).parameters.keys()
+
+
 def grade_unit(report, path, unit):
     """Run a unit's tests on the reader's version; srlm lends the other units, to judge it alone."""
     module, owner = imported(path), unit.rpartition(".")[0]
@@ -3464,6 +3477,9 @@ def grade_unit(report, path, unit):
         is_kept = name.startswith("__") or name in getattr(srlm, owner).__dataclass_fields__
         if not (is_kept or part is written or is_blank(part)):  # what its method may use
             setattr(getattr(srlm, owner), name, part)
+    if owner and makes_its_own(getattr(module, owner)):
+        method, its_class = written, getattr(module, owner)
+        written = lambda config, *args: method(its_class(**vars(config)), *args)
     with contextlib.ExitStack() as stack:
         stack.enter_context(replaced(original, written))
         for other in set(UNITS) - {unit}:
