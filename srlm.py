@@ -2,8 +2,8 @@ r"""Self-Rewarding Language Models: the whole training loop in one file.
 
 A language model writes several answers to each prompt, grades them itself, and is trained to raise
 the probability of the answer it graded best, relative to the one it graded worst. Repeated, this
-makes its answers better than the demonstrations it learned from, provided that it puts two answers
-in the right order clearly more often than in the wrong one.
+makes its answers better than the demonstrations it learned from, provided that, as the judge, it
+puts two answers in the right order clearly more often than in the wrong one.
 
     M0   stands in for a pretrained model: trained from random weights on demonstrations, to predict
          every token of prompts and answers (the others learn answers alone)
@@ -135,7 +135,7 @@ class LetterTask:
 
     POINTS = ("polite", "relevant", "complete", "ordered", "full stop")
     CHAT_TEMPLATE = "> {{ prompt }}\n"  # what the model sees before it answers: "> sort dbca\n"
-    JUDGE: RewardConfig  # how a judge is asked, see section 6: "? sort dbca\nSure: abcd.\n"
+    JUDGE: RewardConfig  # how a judge is asked: "? sort dbca\nSure: abcd.\n"; set in section 6
     max_new_tokens = 16  # of an answer: "Sure: ", up to 8 letters, ".", and a token for the end
     letters = "abcdefgh"
 
@@ -276,7 +276,7 @@ class TextFormat:
 # So any causal model can take its place. Two optional attributes are used where they exist:
 #     max_seq_len                       the largest T that the model accepts
 #     next_token_logits(ids, lengths)   (B, T), (B,) -> (B, V): the logits at position lengths - 1
-#                                       alone, which spares the work for all other positions
+#                                       alone, which spares the output layer at all others
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ class ModelConfig:
 
     def __post_init__(self):
         require(self.dim % (2 * self.heads) == 0, f"ModelConfig: dim={self.dim} is not a multiple "
-                f"of 2 * heads={2 * self.heads}, because Block rotates pairs of features")
+                f"of 2 * heads={2 * self.heads}, because RoPE rotates pairs of features")
 
 
 def apply_rope(x, rotations):
@@ -520,7 +520,7 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
                 is_apple = ids.device.type == "mps"  # Apple's GPU, which has no float64
                 probs = logits.to(torch.float32 if is_apple else torch.float64).softmax(-1)
                 cumulative = probs.cumsum(-1)  # (active rows, V)
-                # The last of `cumulative` is 1 up to rounding; the level must stay below it.
+                # uniform < 1, so level < the last of `cumulative`, which is 1 up to rounding.
                 level = uniform[active, step].unsqueeze(1).to(probs.dtype) * cumulative[:, -1:]
                 tokens = torch.searchsorted(cumulative, level, right=True).squeeze(1)
             ids[active, lengths[active]] = tokens
@@ -557,23 +557,24 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 # obvious loss, -log p(chosen) + log p(rejected), has a gradient that never fades: however small
 # p(rejected) is, it is pushed down further, until the model writes nonsense. So DPO starts from a
 # goal that has an optimum: a high mean reward, without going far from the reference. Here r(x, y)
-# is the unknown reward behind the preferences (the judge's scores say only which response is
-# chosen), pi(y|x) is the probability of response y under the policy, and ref(y|x) under the
-# reference:
+# is not the judge's score, which only says which response is chosen, but the unknown reward behind
+# the preferences; pi(y|x) is the probability of response y under the policy, ref(y|x) under the
+# reference.
 #
 #     max_pi  sum over y of pi(y|x) [ r(x, y) - beta log( pi(y|x) / ref(y|x) ) ]
 #
 # The sum of pi log(pi / ref) is the KL divergence, KL(pi || ref), a measure of how far pi is from
-# ref: 0 if they are equal, positive if not. The optimum is pi*, in which Z(x) is such that all
-# pi*(y|x) add up to 1 (Eq. 4 of [2]); solved for r, it is the second line:
+# ref: 0 if they are equal, positive if not. The optimum of this goal is (Eq. 4 of [2])
 #
-#     pi*(y|x) = ref(y|x) exp( r(x, y) / beta ) / Z(x)
-#     r(x, y)  = beta log( pi*(y|x) / ref(y|x) ) + beta log Z(x)
+#     pi*(y|x) = ref(y|x) exp( r(x, y) / beta ) / Z(x), with Z(x) such that the sum over y is 1
 #
-# It is the optimum because with this r the goal becomes beta log Z(x) - beta KL(pi || pi*), which
-# is largest at pi = pi*. Now read the second line for any policy: it is the optimum for that
-# reward. The first term is its IMPLICIT REWARD. The second is the same for all responses to x, so
-# it cancels in the difference of the rewards of two responses, and the loss uses nothing else.
+# because, solved for r, this is r(x, y) = beta log( pi*(y|x) / ref(y|x) ) + beta log Z(x), and with
+# that r the goal becomes beta log Z(x) - beta KL(pi || pi*), which is largest at pi = pi*.
+#
+# Conversely, take any policy pi, and put the reward beta log( pi(y|x) / ref(y|x) ) in the place of
+# r. Then Z(x) = 1 and pi* = pi. So every policy is the optimum for this reward, its IMPLICIT
+# REWARD. (It remains so if a number c(x) is added to the reward. But c(x) cancels in the difference
+# of the rewards of two responses to x, and the loss below uses nothing else.)
 #
 # What links rewards to preferences is an assumption, the Bradley-Terry model: y1 is preferred to y2
 # with probability sigmoid( r(x, y1) - r(x, y2) ). The loss is minus the log of this probability for
@@ -581,8 +582,9 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 #
 #     -log sigmoid( beta log( pi(y1|x) / ref(y1|x) ) - beta log( pi(y2|x) / ref(y2|x) ) )
 #
-# Its gradient fades as the difference grows. (The usual way, RLHF, fits a reward to the preferences
-# and then searches for its optimum. A policy is the optimum for its implicit reward already.)
+# Its gradient fades as the difference grows. (Reinforcement learning from human feedback, RLHF,
+# first fits a reward to the preferences and then searches for the policy that is best for it. Here
+# nothing is left to search for: the policy is the optimum for its implicit reward.)
 
 
 def row_lengths(ids, pad_id):
@@ -652,8 +654,8 @@ def sft_loss(model, ids, prompt_lens, pad_id=PAD):
     """Supervised fine-tuning: mean of -log p over all response tokens of a batch; scalar, in nats.
 
     The mean is over tokens and not over rows. It is zero, with zero gradient, if no row has a
-    response. (Training does not call this: sft_objective, in section 8, returns the sum and the
-    count apart.)
+    response. (Training minimises it through sft_objective, in section 8, which returns the sum and
+    the count apart.)
 
     >>> uniform = lambda ids: torch.zeros(*ids.shape, VOCAB_SIZE)
     >>> sft_loss(uniform, torch.tensor([[5, 6, 7, EOS, PAD]]), torch.tensor([2]))     # ln 257
@@ -671,7 +673,8 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta=0
 
     Returns (losses, rewards of the chosen, rewards of the rejected), the rewards detached. If the
     policy equals the reference, the loss is log 2. Larger beta keeps the policy closer to the
-    reference: the loss sees beta times the change of log pi, so it fades after a smaller change.
+    reference: the loss sees beta times the change of log pi, so it fades after a smaller change
+    (although it is steeper at first).
     (beta is 0.1 in [1], and 1 in section 11.) Only the difference of the rewards counts:
     log pi(chosen) may fall, if log pi(rejected) falls more.
 
@@ -874,7 +877,7 @@ def make_pair(prompt, candidates, rewards, pick_pair=pick_best_worst, is_valid_p
     best, worst = picked
     chosen, rejected = candidates[best], candidates[worst]
     pair = PreferencePair(prompt, chosen, rejected, float(rewards[best]), float(rewards[worst]))
-    is_valid = is_valid_pair or operator.gt  # chosen > rejected, unless you say otherwise
+    is_valid = is_valid_pair or operator.gt  # chosen > rejected; a picker may return equal ones
     if chosen.equal(rejected) or not is_valid(pair.chosen_reward, pair.rejected_reward):
         return "invalid", None
     return "pairs", pair
@@ -952,7 +955,7 @@ class Objective(NamedTuple):
     examples: Sequence
     loss: Callable  # (model, list of examples) -> (sum of losses, count, {metric: sum})
     weight: float = 1.0
-    size: Callable = lambda example: 0  # examples of similar size meet in a batch
+    size: Callable = lambda example: 0  # similar sizes meet in a batch: it has little padding
 
 
 def collate(items, device):
@@ -986,7 +989,7 @@ def sft_objective(items, weight=1.0):
 def pair_logprobs(model, pairs):
     """log p(chosen | prompt) and log p(rejected | prompt) of each pair: (B,) each, in nats.
 
-    >>> uniform = nn.Embedding.from_pretrained(torch.zeros(257, 257))  # all logits are 0
+    >>> uniform = nn.Embedding.from_pretrained(torch.zeros(257, 257))  # a model: all logits are 0
     >>> pair = PreferencePair(prompt=torch.tensor([7]), chosen=torch.tensor([8]),
     ...                       rejected=torch.tensor([9]))
     >>> pair_logprobs(uniform, [pair])                                     # ln(1/257) each
@@ -1328,7 +1331,7 @@ def preference_round(model, reward_fn, config, context):
 class SelfRewardDPOConfig(RewardStageConfig):
     """Self-rewarding [1]: the model grades its own answers.
 
-    >>> by_length = RewardConfig("{{ prompt }} {{ response }}", parse_reward=len)  # of the reply
+    >>> by_length = RewardConfig("{{ prompt }} {{ response }}", parse_reward=len)  # of a reply
     >>> stage = SelfRewardDPOConfig(prompt_dataset=["hi", "ho"], reward_config=by_length, steps=1)
     >>> stage.run(Transformer(ModelConfig(dim=8, depth=1)), Context())["pairs"]
     2
@@ -1416,8 +1419,8 @@ def judging_metrics(truth, judged):
     # worse? The scores 1, 2, 3 have the signs [[0, -1, -1], [1, 0, -1], [1, 1, 0]].
     # Kendall's tau-b: the sum of true_sign * judged_sign is right minus wrong pairs; divided by the
     # norms of both it is their cosine.
-    # Spearman's correlation: the sums over j, here -2, 0, 2, are ranks doubled and centred, and the
-    # correlation of centred numbers is their cosine.
+    # Spearman's correlation, that of ranks: the sums over j are 2 * rank - (N + 1), here -2, 0, 2.
+    # They are centred, and the correlation of centred numbers is their cosine.
     true_sign, judged_sign = (np.nan_to_num(np.sign(x[:, :, None] - x[:, None, :]))
                               for x in (truth, judged))
 
@@ -1512,7 +1515,8 @@ def measure(model, world, text, graded_answers, previous_scores):
 # Two terms of the loss are not in [1]: the likelihood term (section 8 says why) and REPLAY. A stage
 # that trains on answers alone changes the weights that judge. Within a few rounds a small model
 # forgets how to judge, and its rewards become noise. So later stages rehearse the judging data of
-# M1, whose verdicts a program wrote. Still, all rewards come from the model itself.
+# M1. So a program, which wrote those verdicts, goes on teaching the judge. It never gives a reward:
+# all rewards come from the model itself.
 #
 # train() in section 18 puts this together, with files and a table. In outline:
 #     text = TextFormat(chat_template=world.CHAT_TEMPLATE)
@@ -1562,7 +1566,7 @@ class Recipe:
     judgements: int = setting(12000, 1500, "number of judgements; 1,630 in [1], for 70B")
     stage_prompts: int = setting(800, 96, "prompts for a later stage; about 770 give a pair")
     eval_prompts: int = setting(200, 40, "held-out prompts, with five answers to each")
-    tidy: bool = setting(False, None, "no nonsense in the judging data; judges then overrate it")
+    tidy: bool = setting(False, None, "True: no nonsense to judge, which judges then overrate")
 
 
 def recipe_stages(recipe, world, demonstrations, make_judgements):
@@ -1581,6 +1585,7 @@ def recipe_stages(recipe, world, demonstrations, make_judgements):
     # Two data sets that are made when a stage begins. The stage calls them with its model, which
     # they ignore: all stages use the same judging data.
 
+    @functools.cache
     def judging_items(model):
         """To learn to judge: items of a judge prompt (no chat template around it) and a verdict."""
         return [TextFormat().item(world.JUDGE.render(prompt, answer), verdict)
@@ -1604,7 +1609,7 @@ def recipe_stages(recipe, world, demonstrations, make_judgements):
     for index, name in enumerate(recipe.stages.split(","), start=1):
         if name == "sft":
             stages.append(SFTConfig(train_dataset=both, steps=recipe.sft_steps, **sft))
-        elif name == "self":
+        elif name == "self":  # its judge is world.JUDGE, from the Context
             stages.append(SelfRewardDPOConfig(n_judge_samples=recipe.judge_samples,
                                               max_judge_tokens=MAX_VERDICT_TOKENS, **dpo(index)))
         elif name == "external":
