@@ -32,8 +32,8 @@ closely the policy is tied to it:
             loss = mean(losses - 0.1 policy_chosen) + 4 sft_loss(a batch of judging data)
             one step of AdamW
 
-The last two terms of the loss keep the model from drifting and from forgetting how to judge
-(sections 8 and 11).
+The term with 0.1 (likelihood) keeps the model from drifting, the one with 4 (replay) from
+forgetting how to judge (sections 8 and 11).
 To run it:
 
     python srlm.py              # M0 to M3 on a CPU in about two minutes, and a table
@@ -130,7 +130,8 @@ class LetterTask:
 
     LetterWorld, in section 12, adds the data: prompts; demonstrations, which are sloppy (letters
     swapped, lost or inserted, and often no "Sure: " or no "."; their mean true score is 3); and the
-    judging data, which are answers of every quality, nonsense such as "0=c:" too, with verdicts.
+    judging data, answers of every quality with verdicts; nonsense such as "0=c:" too, which a judge
+    that has never seen any would overrate.
     """
 
     POINTS = ("polite", "relevant", "complete", "ordered", "full stop")
@@ -236,7 +237,7 @@ class TextFormat:
     (tensor([ 62,  32, 104, 105,  58, 121, 111, 256]), 5)
     """
 
-    # Two functions, by default the two above; called with the text or the ids alone, without self.
+    # Two functions, by default the two above: fields, not methods, so they are called without self.
     encode: Callable[[str], Sequence[int] | Tensor] = encode
     decode: Callable[[Tensor], str] = decode
     chat_template: str = "{{ prompt }}"
@@ -303,7 +304,8 @@ def apply_rope(x, rotations):
     """Rotary position embedding, RoPE (arXiv:2104.09864): (..., T, D/H) -> (..., T, D/H).
 
     Two neighbouring features are one complex number. At position t it is multiplied by e^(i t w),
-    where w is a constant of the pair. rotations (T, D/(2H), 2) holds cos(t w) and sin(t w).
+    where w is a constant of the pair (set in Transformer). rotations (T, D/(2H), 2) holds cos(t w)
+    and sin(t w).
 
     Why: a pair a = a1 + i a2 of a query at s and a pair b of a key at t have the dot product
     a1 b1 + a2 b2 = Re( a conj(b) ), where conj turns i into -i. After the rotations it is
@@ -520,7 +522,8 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
                 is_apple = ids.device.type == "mps"  # Apple's GPU, which has no float64
                 probs = logits.to(torch.float32 if is_apple else torch.float64).softmax(-1)
                 cumulative = probs.cumsum(-1)  # (active rows, V)
-                # uniform < 1, so level < the last of `cumulative`, which is 1 up to rounding.
+                # The last of `cumulative` is 1 up to rounding. Times it, level is below it, so that
+                # the index found below is never V.
                 level = uniform[active, step].unsqueeze(1).to(probs.dtype) * cumulative[:, -1:]
                 tokens = torch.searchsorted(cumulative, level, right=True).squeeze(1)
             ids[active, lengths[active]] = tokens
@@ -557,9 +560,9 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 # obvious loss, -log p(chosen) + log p(rejected), has a gradient that never fades: however small
 # p(rejected) is, it is pushed down further, until the model writes nonsense. So DPO starts from a
 # goal that has an optimum: a high mean reward, without going far from the reference. Here r(x, y)
-# is not the judge's score, which only says which response is chosen, but the unknown reward behind
-# the preferences; pi(y|x) is the probability of response y under the policy, ref(y|x) under the
-# reference.
+# is the unknown reward behind the preferences. (The judge's scores are not r; they only say which
+# response is chosen.) pi(y|x) is the probability of response y under the policy, and ref(y|x) under
+# the reference.
 #
 #     max_pi  sum over y of pi(y|x) [ r(x, y) - beta log( pi(y|x) / ref(y|x) ) ]
 #
@@ -568,11 +571,15 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 #
 #     pi*(y|x) = ref(y|x) exp( r(x, y) / beta ) / Z(x), with Z(x) such that the sum over y is 1
 #
-# because, solved for r, this is r(x, y) = beta log( pi*(y|x) / ref(y|x) ) + beta log Z(x), and with
-# that r the goal becomes beta log Z(x) - beta KL(pi || pi*), which is largest at pi = pi*.
+# because, solved for r, this is r = beta log(pi* / ref) + beta log Z, and with that r the goal is
 #
-# Conversely, take any policy pi, and put the reward beta log( pi(y|x) / ref(y|x) ) in the place of
-# r. Then Z(x) = 1 and pi* = pi. So every policy is the optimum for this reward, its IMPLICIT
+#     sum over y of pi [ beta log(pi* / ref) + beta log Z - beta log(pi / ref) ]
+#         = beta log Z - beta sum over y of pi log(pi / pi*) = beta log Z - beta KL(pi || pi*)
+#
+# which is largest where the KL divergence is 0, at pi = pi*.
+#
+# Now let some policy pi be given, and put the reward beta log( pi(y|x) / ref(y|x) ) in the place of
+# r. Then Z(x) = 1 and pi* = pi. So each policy is the optimum for a reward of its own, its IMPLICIT
 # REWARD. (It remains so if a number c(x) is added to the reward. But c(x) cancels in the difference
 # of the rewards of two responses to x, and the loss below uses nothing else.)
 #
@@ -673,10 +680,9 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta=0
 
     Returns (losses, rewards of the chosen, rewards of the rejected), the rewards detached. If the
     policy equals the reference, the loss is log 2. Larger beta keeps the policy closer to the
-    reference: the loss sees beta times the change of log pi, so it fades after a smaller change
-    (although it is steeper at first).
-    (beta is 0.1 in [1], and 1 in section 11.) Only the difference of the rewards counts:
-    log pi(chosen) may fall, if log pi(rejected) falls more.
+    reference: the sigmoid sees beta times the change of log pi, so the gradient, larger at first,
+    fades after a smaller change. (beta is 0.1 in [1], and 1 in section 11.) Only the difference of
+    the rewards counts: log pi(chosen) may fall, if log pi(rejected) falls more.
 
     >>> logp = torch.tensor
     >>> dpo_loss(logp([-4.0]), logp([-9.0]), logp([-5.0]), logp([-6.0]), beta=0.5)
@@ -759,7 +765,7 @@ class RewardConfig:
         return score if low <= score <= high else None
 
 
-# For a real chat model: put your model's chat format into this template, around the text. It asks
+# For a real chat model: put the turn markers of its chat format around this template. It asks
 # for points to be added up, as in [1]. With such a prompt, and before any training to judge, the
 # model of [1] agreed with people on 65 % of the pairs of answers, and far less often when it was
 # asked to choose one of five descriptions of quality.
@@ -955,7 +961,7 @@ class Objective(NamedTuple):
     examples: Sequence
     loss: Callable  # (model, list of examples) -> (sum of losses, count, {metric: sum})
     weight: float = 1.0
-    size: Callable = lambda example: 0  # similar sizes meet in a batch: it has little padding
+    size: Callable = lambda example: 0  # of an example; similar sizes meet in a batch
 
 
 def collate(items, device):
@@ -1109,6 +1115,7 @@ def fit(model, objectives, config, *, seed=0, after_update=lambda step: None):
     parameters = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=config.weight_decay,
                                   fused=device_of(model).type in ("cpu", "cuda"))
+    # Endless streams of batches. Examples of similar size meet in a batch: it has little padding.
     batches = [shuffled_batches(objective.examples, config.batch_size, generator, objective.size)
                for objective in objectives]
     # An epoch is one pass over the examples of the first objective; other objectives do not count.
@@ -1219,7 +1226,7 @@ class SelfPlayConfig(StageConfig):
 
     >>> stage = SelfPlayConfig(train_dataset=[TextFormat().item("hi", "yo")], steps=1)
     >>> record = stage.run(Transformer(ModelConfig(dim=8, depth=1)), Context())
-    >>> round(record["loss"], 4)                                       # log 2: no update yet
+    >>> round(record["loss"], 4)                              # log 2, before the only update
     0.6931
     """
 
@@ -1410,17 +1417,17 @@ def judging_metrics(truth, judged):
     its "exact match" is about whole rankings.
 
     A judged NaN ties with everything in pairs and ranks, and counts as a miss otherwise. Prompts
-    for which a number is not defined are left out; the number is None if that leaves none.
+    for which a number is not defined, as where all their answers have equal scores, are left out;
+    the number is None if that leaves none.
 
     >>> judging_metrics(np.array([[1, 2, 3]]), np.array([[1, 3, 2]]))["judge_pairwise"]
     0.6666666666666666
     """
     # true_sign[p, i, j] is 1, 0 or -1: is answer i to prompt p better than answer j, equal, or
-    # worse? The scores 1, 2, 3 have the signs [[0, -1, -1], [1, 0, -1], [1, 1, 0]].
-    # Kendall's tau-b: the sum of true_sign * judged_sign is right minus wrong pairs; divided by the
-    # norms of both it is their cosine.
-    # Spearman's correlation, that of ranks: the sums over j are 2 * rank - (N + 1), here -2, 0, 2.
-    # They are centred, and the correlation of centred numbers is their cosine.
+    # worse? The scores 1, 2, 3 have the signs [[0, -1, -1], [1, 0, -1], [1, 1, 0]], whose sums over
+    # j, -2, 0 and 2, are 2 * rank - (N + 1): ranks, centred. Both correlations are cosines of the
+    # true and the judged: Kendall's tau-b of the signs (their product counts right minus wrong
+    # pairs), Spearman's of the sums.
     true_sign, judged_sign = (np.nan_to_num(np.sign(x[:, :, None] - x[:, None, :]))
                               for x in (truth, judged))
 
@@ -1515,8 +1522,8 @@ def measure(model, world, text, graded_answers, previous_scores):
 # Two terms of the loss are not in [1]: the likelihood term (section 8 says why) and REPLAY. A stage
 # that trains on answers alone changes the weights that judge. Within a few rounds a small model
 # forgets how to judge, and its rewards become noise. So later stages rehearse the judging data of
-# M1. So a program, which wrote those verdicts, goes on teaching the judge. It never gives a reward:
-# all rewards come from the model itself.
+# M1. This means that a program, which wrote those verdicts, goes on teaching the judge. But it
+# gives no rewards: they all come from the model itself.
 #
 # train() in section 18 puts this together, with files and a table. In outline:
 #     text = TextFormat(chat_template=world.CHAT_TEMPLATE)
@@ -1555,7 +1562,7 @@ class Recipe:
     base_steps: int = setting(400, 60, "updates for M0, until its answers look like answers")
     sft_steps: int = setting(1200, 120, "updates for M1, most of which go into learning to judge")
     sft_learning_rate: float = setting(4e-3, None, "for M0 and M1; 8e-3 diverges on some seeds")
-    dpo_steps: int = setting(200, 30, "updates for a later stage, at most 8 epochs of its pairs")
+    dpo_steps: int = setting(200, 30, "updates for a later stage; 8 epochs of 770 pairs are 193")
     dpo_learning_rate: float = setting(2.5e-4, None, "for later stages; 1e-3 forgets how to judge")
     beta: float = setting(1.0, None, "of DPO, and lambda of SPIN; 0.1 strays from the reference")
     nll_weight: float = setting(0.1, None, "of the likelihood term; 0: a lower true score")
@@ -1566,7 +1573,7 @@ class Recipe:
     judgements: int = setting(12000, 1500, "number of judgements; 1,630 in [1], for 70B")
     stage_prompts: int = setting(800, 96, "prompts for a later stage; about 770 give a pair")
     eval_prompts: int = setting(200, 40, "held-out prompts, with five answers to each")
-    tidy: bool = setting(False, None, "True: no nonsense to judge, which judges then overrate")
+    tidy: bool = setting(False, None, "judging data without nonsense; judges then overrate it")
 
 
 def recipe_stages(recipe, world, demonstrations, make_judgements):
@@ -1583,9 +1590,9 @@ def recipe_stages(recipe, world, demonstrations, make_judgements):
     items = [text.item(prompt, answer) for prompt, answer in demonstrations]
 
     # Two data sets that are made when a stage begins. The stage calls them with its model, which
-    # they ignore: all stages use the same judging data.
+    # they ignore, since M0 wrote for make_judgements() what models write.
 
-    @functools.cache
+    @functools.cache  # all stages use the same items
     def judging_items(model):
         """To learn to judge: items of a judge prompt (no chat template around it) and a verdict."""
         return [TextFormat().item(world.JUDGE.render(prompt, answer), verdict)
