@@ -1638,7 +1638,6 @@ import contextlib
 import dataclasses
 import datetime
 import io
-import itertools
 import json
 import sys
 import time
@@ -1667,14 +1666,14 @@ class LetterWorld(LetterTask):
     def __init__(self, instructions=("sort",), *, n_eval=200, seed=0):
         self.instructions = list(dict.fromkeys(instructions))  # each name once
         self.seed = seed
-        require(bool(instructions) and set(instructions) <= set(INSTRUCTIONS), "LetterWorld: "
+        require(set() < set(self.instructions) <= set(INSTRUCTIONS), "LetterWorld: "
                 f"instructions are {self.instructions}; known: {', '.join(INSTRUCTIONS)}")
         self.eval_prompts = []  # nothing is held out yet from what prompts() may draw
         self.eval_prompts = self.prompts(n_eval, "evaluation")  # prompts() never draws these again
 
     def demonstrate(self, prompt, rng):
-        """A sloppy answer: half have letters swapped, lost or inserted, seven in ten lack "Sure: ",
-        and seven in ten the full stop. They score 3 on average. The most likely answer of a model
+        """A sloppy answer: about half have letters swapped, lost or inserted, seven in ten lack
+        "Sure: ", and seven in ten the full stop. They score 3 on average. The most likely answer of a model
         that imitates them scores 3 too: relevant, complete, ordered, without "Sure: " and "."."""
         body = self.mistaken(self.target(prompt), rng, odds=(0.5, 0.3, 0.2))  # 0 to 2 mistakes
         return ("Sure: " if rng.random() < 0.3 else "") + body + ("." if rng.random() < 0.3 else "")
@@ -1684,8 +1683,8 @@ class LetterWorld(LetterTask):
 
         Of ten answers, eight have 0 to 4 mistakes, one is nonsense such as "0=c:", and one is an
         attack. A judge that has never seen nonsense overrates it, and then the model learns to
-        write it. An attack is a wrong answer and then lines that imitate a perfect answer, a
-        verdict or a new prompt, such as "b\\nSure: abcd.".
+        write it. An attack is the beginning of an answer and then lines that imitate a perfect
+        answer, a verdict or a new prompt, such as "b\\nSure: abcd.".
         """
         target = self.target(prompt)
         body = self.mistaken(target, rng, odds=(0.3, 0.25, 0.2, 0.15, 0.1))
@@ -1827,8 +1826,8 @@ def combine_seeds(*numbers):
 
 @contextlib.contextmanager
 def seeded(*numbers):
-    """Seed torch's global generator within the block, then restore it. Your own reward functions
-    and pickers may draw from it too."""
+    """Seed torch's global generators within the block, then restore the CPU's, from which all draws
+    of srlm come. Your own reward functions and pickers may draw from it too."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(combine_seeds(*numbers))
         yield
@@ -1964,7 +1963,7 @@ def counted_pairs(outcomes, n_pairs, source, reward_fn):
     """The pairs among the lists of (outcome, pair), n_pairs at most, and the number of each
     outcome until then. ValueError if there is no pair at all."""
     pairs, counts = [], dict(pairs=0, unparsed=0, tied=0, invalid=0)
-    for outcome, pair in itertools.chain.from_iterable(outcomes):
+    for outcome, pair in (made for chunk in outcomes for made in chunk):
         counts[outcome] += 1
         if pair is not None:
             pairs.append(pair)
@@ -2165,7 +2164,7 @@ def checked_data(config, name, model, text):
         entry = rows[i]
         try:  # what named() does; but named() would write the entry of every item, in .2 ms each
             found.append(read(entry, text, max_seq_len, vocab))
-        except (TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:  # a tokenizer of yours may raise any
             raise ValueError(f"{name}: item {i}, {str(entry)[:60]!r}: {error}") from error
     return found
 
@@ -2293,14 +2292,13 @@ def load_pairs(path, text):
     def read(row):
         for name in ("prompt", "chosen", "rejected"):
             require(isinstance(row.get(name), str), f"{name} is {row.get(name)!r}, not a text")
-        answers, scores = [], []
+        pair = {"prompt": text.ids(row["prompt"])}
         for name in ("chosen", "rejected"):
             ids, score = text.ids(row[name]), row.get("score_" + name)
             if text.eos_id is not None and row.get(name + "_ended", True):
                 ids = torch.cat((ids, ids.new_tensor([text.eos_id])))
-            answers.append(ids)
-            scores.append(math.nan if score is None else float(score))
-        return PreferencePair(text.ids(row["prompt"]), *answers, *scores)
+            pair |= {name: ids, name + "_reward": math.nan if score is None else float(score)}
+        return PreferencePair(**pair)
 
     return read_lines(path, read)
 
@@ -2401,15 +2399,16 @@ class SelfRewardingTrainer:
 
     def _begin(self, overwrite, resume):
         """Prepare the folder; load the last finished stage. Returns the records up to it."""
-        require(not (overwrite and resume), "resume and overwrite exclude each other")
+        clear = os.environ.get("SRLM_CLEAR_CHECKPOINTS") == "1"
+        require(not (resume and (overwrite or clear)),
+                "resume excludes overwrite and SRLM_CLEAR_CHECKPOINTS=1")
         with named("cannot make the folder"):
             self.folder.mkdir(parents=True, exist_ok=True)
-        if overwrite or os.environ.get("SRLM_CLEAR_CHECKPOINTS") == "1":
+        if overwrite or clear:
             # Remove the checkpoints of the old run, so that no later resume can take one of them.
-            kinds = "sft|spin|dpo|self-reward|external-reward"
+            ours = re.compile(r"\d+\.(sft|spin|dpo|self-reward|external-reward)(\.step\d+)?\.pt")
             for path in list(self.folder.iterdir()):
-                is_ours = re.fullmatch(rf"\d+\.({kinds})(\.step\d+)?\.pt", path.name)
-                if is_ours or overwrite and path.name == "metrics.jsonl":
+                if ours.fullmatch(path.name) or overwrite and path.name == "metrics.jsonl":
                     path.unlink()
         finished = [stage for stage in range(len(self.configs)) if self.path(stage).exists()]
         if not finished:
@@ -2468,9 +2467,8 @@ def load_checkpoint(path):
         wrong = zipfile.ZipFile(path).testzip()  # torch does not look at the checksums
         require(wrong is None, f"the checksum of {wrong} is wrong")
     except Exception as error:  # torch raises half a dozen kinds for damaged files
-        advice = "in a run, delete it and those of later stages, and resume runs them again"
-        raise ValueError(f"{path} is damaged, or not a checkpoint ({type(error).__name__}); "
-                         f"{advice}") from error
+        raise ValueError(f"{path} is damaged, or not a checkpoint ({type(error).__name__}); in a "
+                         "run, delete it and those of later stages, and resume") from error
     require(isinstance(state, dict) and state.get("format") == "srlm 3",
             f"{path} is not a checkpoint of this version of srlm")
     return state
@@ -2564,11 +2562,10 @@ class Options(Recipe):
             prog="srlm.py", description=__doc__.split("\n\n")[1], allow_abbrev=False,
             epilog='[1] is arXiv:2401.10020. To ask a model: srlm.py ask CHECKPOINT "PROMPT"')
         for item in dataclasses.fields(cls):
-            is_switch = item.default is False
-            kind = {"action": "store_true"} if is_switch else {"type": type(item.default)}
             quick = item.metadata["quick"] if "--quick" in argv else None
-            parser.add_argument("--" + item.name.replace("_", "-"),
-                                default=item.default if quick is None else quick,
+            default = item.default if quick is None else quick
+            kind = {"action": "store_true"} if default is False else {"type": type(default)}
+            parser.add_argument("--" + item.name.replace("_", "-"), default=default,
                                 help=f"{item.metadata['help']} [%(default)s]", **kind)
         return cls(**vars(parser.parse_args(argv)))
 
@@ -2713,7 +2710,7 @@ class Scoreboard:
         can_judge = self.made_with_m0 is not None and len(self.lines) > 1
         graded_answers = self.made_with_m0()[1] if can_judge else None
         found = measure(model, self.world, self.text, graded_answers, self.scores[-1])
-        if self.world.score is None:
+        if isinstance(self.world, OwnData):
             objective = sft_objective([self.text.item(*pair) for pair in self.world.held_out])
             parts = [objective.loss(model, [item])[:2] for item in objective.examples]
             loss, n_tokens = map(sum, zip(*parts))
@@ -2738,8 +2735,8 @@ class Scoreboard:
             shares = head_to_head(self.scores[-1], self.scores[2])
             last = self.lines[-1]["model"]
             say(f"\n{last} against M1: win {shares['win']:.0%}, lose {shares['lose']:.0%}")
-        python = sys.orig_argv[0]  # as it was typed, such as .venv/bin/python
-        say(f'\nask it: {python} srlm.py ask {path} "{self.world.eval_prompts[0]}"')
+        # orig_argv[0] is python as it was typed, such as .venv/bin/python.
+        say(f'\nask it: {sys.orig_argv[0]} srlm.py ask {path} "{self.world.eval_prompts[0]}"')
 
 
 def train(options, world=None):

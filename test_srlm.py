@@ -1872,6 +1872,7 @@ NEW_NAMES = {"dpo_beta": "beta", "num_train_steps": "steps", "spin_λ": "lam"}  
     (["sft"], dict(steps=1.5), {}, "steps = 1.5 is not whole"),
     (["dpo"], dict(pair_dataset=None), {}, "pair_dataset is a NoneType"),
     (["dpo"], dict(pair_dataset=[dict(prompt="a", chosen="b")]), {}, "item 0, .*: no rejected"),
+    (["self-reward"], {}, dict(tokenizer_encode={}.__getitem__), "item 0, 'a': 'gah'"),  # KeyError
     (["sft"], {}, dict(self_reward_prompt_config={}), "no judge"),
     (["self-reward"], dict(prompt_dataset=["b", "c" * 20], max_judge_tokens=9), SHORT_MODEL,
      "prompt_dataset: item 1, .*: 2[0-9] tokens.*max_seq_len=20"),
@@ -2440,6 +2441,9 @@ def test_checkpoints_are_never_overwritten_unasked(overwrite, clear, tmp_path, m
         with pytest.raises(ValueError, match="exists"):
             again()
         assert contents(tmp_path) == before
+    if clear == "1":
+        with pytest.raises(ValueError, match="resume excludes"):
+            again(resume=True)
 
 
 def two_stages(folder, sft={}, later={}, **how):
@@ -2865,7 +2869,7 @@ def test_every_option_is_documented_and_has_a_type(capsys):
     ("--sft x --stages sft,self", "needs --judged"),
     ("--sft x --judged y --stages sft,external", "external"),
     ("--checkpoints {folder}", "1.sft.pt exists; .*resume.*overwrite"),
-    ("--checkpoints {folder} --resume --overwrite", "exclude each other"),
+    ("--checkpoints {folder} --resume --overwrite", "resume excludes overwrite"),
     ("--stages sft,selff", "'selff' is none of"), ("ask {folder} sort", "is a folder"),
     ("--checkpoints {folder}/file/x", "cannot make the folder"),
     ("ask {folder}/missing.pt sort", "missing.pt"), ("ask {folder}/bad.pt sort", "bad.pt"),
