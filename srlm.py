@@ -1563,7 +1563,7 @@ class Recipe:
     sft_steps: int = setting(1200, 120, "updates for M1, most of which go into learning to judge")
     sft_learning_rate: float = setting(4e-3, None, "for M0 and M1; 8e-3 diverges on some seeds")
     dpo_steps: int = setting(200, 30, "updates for a later stage; 8 epochs of 770 pairs are 193")
-    dpo_learning_rate: float = setting(2.5e-4, None, "for later stages; 1e-3 forgets how to judge")
+    dpo_learning_rate: float = setting(3e-4, None, "for later stages; 1e-3 forgets how to judge")
     beta: float = setting(1.0, None, "of DPO, and lambda of SPIN; 0.1 strays from the reference")
     nll_weight: float = setting(0.1, None, "of the likelihood term; 0: a lower true score")
     replay_weight: float = setting(4.0, None, "of the replayed judging data; 0: the judge forgets")
@@ -1673,8 +1673,10 @@ class LetterWorld(LetterTask):
 
     def demonstrate(self, prompt, rng):
         """A sloppy answer: about half have letters swapped, lost or inserted, seven in ten lack
-        "Sure: ", and seven in ten the full stop. They score 3 on average. The most likely answer of a model
-        that imitates them scores 3 too: relevant, complete, ordered, without "Sure: " and "."."""
+        "Sure: ", and seven in ten the full stop. They score 3 on average. The most likely answer of
+        a model that imitates them scores 3 too: relevant, complete, ordered, but without "Sure: "
+        and ".".
+        """
         body = self.mistaken(self.target(prompt), rng, odds=(0.5, 0.3, 0.2))  # 0 to 2 mistakes
         return ("Sure: " if rng.random() < 0.3 else "") + body + ("." if rng.random() < 0.3 else "")
 
