@@ -130,8 +130,8 @@ class LetterTask:
 
     LetterWorld, in section 12, adds the data: prompts; demonstrations, which are sloppy (letters
     swapped, lost or inserted, and often no "Sure: " or no "."; their mean true score is 3); and the
-    judging data, answers of every quality with verdicts; nonsense such as "0=c:" too, which a judge
-    that has never seen any would overrate.
+    judging data, answers of every quality with verdicts. They include nonsense such as "0=c:",
+    because a judge that has never seen any would overrate it.
     """
 
     POINTS = ("polite", "relevant", "complete", "ordered", "full stop")
@@ -522,8 +522,8 @@ def sample(model, prompts, *, max_new_tokens, temperature=1.0, logit_filter=None
                 is_apple = ids.device.type == "mps"  # Apple's GPU, which has no float64
                 probs = logits.to(torch.float32 if is_apple else torch.float64).softmax(-1)
                 cumulative = probs.cumsum(-1)  # (active rows, V)
-                # The last of `cumulative` is 1 up to rounding. Times it, level is below it, so that
-                # the index found below is never V.
+                # The uniform number is below 1. Times the last entry of `cumulative`, which is 1 up
+                # to rounding, it stays below that entry, and the index found is never V.
                 level = uniform[active, step].unsqueeze(1).to(probs.dtype) * cumulative[:, -1:]
                 tokens = torch.searchsorted(cumulative, level, right=True).squeeze(1)
             ids[active, lengths[active]] = tokens
@@ -580,8 +580,8 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 #
 # Now let some policy pi be given, and put the reward beta log( pi(y|x) / ref(y|x) ) in the place of
 # r. Then Z(x) = 1 and pi* = pi. So each policy is the optimum for a reward of its own, its IMPLICIT
-# REWARD. (It remains so if a number c(x) is added to the reward. But c(x) cancels in the difference
-# of the rewards of two responses to x, and the loss below uses nothing else.)
+# REWARD. (Adding a number c(x) to that reward would not change its optimum. But it would cancel in
+# the difference of the rewards of two responses to x, and the loss below uses nothing else.)
 #
 # What links rewards to preferences is an assumption, the Bradley-Terry model: y1 is preferred to y2
 # with probability sigmoid( r(x, y1) - r(x, y2) ). The loss is minus the log of this probability for
@@ -591,7 +591,7 @@ def respond(model, prompts, text, max_new_tokens, temperature=1.0, generator=Non
 #
 # Its gradient fades as the difference grows. (Reinforcement learning from human feedback, RLHF,
 # first fits a reward to the preferences and then searches for the policy that is best for it. Here
-# nothing is left to search for: the policy is the optimum for its implicit reward.)
+# one fit does both, because the policy is the optimum for its implicit reward.)
 
 
 def row_lengths(ids, pad_id):
@@ -1285,7 +1285,7 @@ class DPOConfig(StageConfig):
 class RewardStageConfig(StageConfig):
     """The settings that SelfRewardDPOConfig and ExternalRewardDPOConfig share.
 
-    >>> RewardStageConfig(prompt_dataset=["hi"], n_candidates=8).max_epochs
+    >>> RewardStageConfig(prompt_dataset=["hi"], n_candidates=6).max_epochs
     8
     """
 
@@ -1338,7 +1338,7 @@ def preference_round(model, reward_fn, config, context):
 class SelfRewardDPOConfig(RewardStageConfig):
     """Self-rewarding [1]: the model grades its own answers.
 
-    >>> by_length = RewardConfig("{{ prompt }} {{ response }}", parse_reward=len)  # of a reply
+    >>> by_length = RewardConfig("{{ prompt }} {{ response }}", parse_reward=len)  # of its reply
     >>> stage = SelfRewardDPOConfig(prompt_dataset=["hi", "ho"], reward_config=by_length, steps=1)
     >>> stage.run(Transformer(ModelConfig(dim=8, depth=1)), Context())["pairs"]
     2
@@ -1425,9 +1425,9 @@ def judging_metrics(truth, judged):
     """
     # true_sign[p, i, j] is 1, 0 or -1: is answer i to prompt p better than answer j, equal, or
     # worse? The scores 1, 2, 3 have the signs [[0, -1, -1], [1, 0, -1], [1, 1, 0]], whose sums over
-    # j, -2, 0 and 2, are 2 * rank - (N + 1): ranks, centred. Both correlations are cosines of the
-    # true and the judged: Kendall's tau-b of the signs (their product counts right minus wrong
-    # pairs), Spearman's of the sums.
+    # j, -2, 0 and 2, are 2 * rank - (N + 1): ranks, centred. Kendall's tau-b is the cosine of true
+    # and judged signs, whose product counts right minus wrong pairs. Spearman's correlation is the
+    # cosine of true and judged sums.
     true_sign, judged_sign = (np.nan_to_num(np.sign(x[:, :, None] - x[:, None, :]))
                               for x in (truth, judged))
 
@@ -1463,7 +1463,7 @@ def head_to_head(scores, others):
 def measure(model, world, text, graded_answers, previous_scores):
     """What is measured after each stage: how well a model writes, and how well it judges.
     oracle_score: mean true score of answers drawn at temperature 1 (the oracle is the program that
-    knows it); oracle_greedy: the same of answers at temperature 0;
+    gives it); oracle_greedy: the same of answers at temperature 0;
     perfect_rate: share of drawn answers with 5; self_score: mean score that the model gives them;
     scores: the true scores (P, 5), and head_to_head of them; judging_metrics of graded_answers.
 
@@ -1511,7 +1511,7 @@ def measure(model, world, text, graded_answers, previous_scores):
 #     judgements(n, model, tidy)   -> [(prompt, answer, verdict)]      to learn to judge; `model`
 #                                                              is M0, which writes some of the
 #                                                              answers; tidy: no nonsense
-#     prompts(n, purpose)          -> [prompt]                 for the stage that purpose names
+#     prompts(n, purpose)          -> [prompt]                 for a purpose: "stage 2"
 #     eval_prompts                    [prompt]                 held out of all the data above
 #     graded_answers(model)        -> [(prompt, answer, true score)]   to measure all judges on the
 #                                                              same answers; `model` is M0, which
@@ -1560,10 +1560,10 @@ class Recipe:
     dim: int = setting(64, None, "width of the model; 128 is slower and no better here")
     depth: int = setting(4, None, "blocks of the model; comparing two words takes several")
     base_steps: int = setting(400, 60, "updates for M0, until its answers look like answers")
-    sft_steps: int = setting(1200, 120, "updates for M1, most of which go into learning to judge")
+    sft_steps: int = setting(1500, 120, "updates for M1, most of which go into learning to judge")
     sft_learning_rate: float = setting(4e-3, None, "for M0 and M1; 8e-3 diverges on some seeds")
-    dpo_steps: int = setting(200, 30, "updates for a later stage; 8 epochs of 770 pairs are 193")
-    dpo_learning_rate: float = setting(3e-4, None, "for later stages; 1e-3 forgets how to judge")
+    dpo_steps: int = setting(240, 30, "updates for a later stage; 8 epochs of 950 pairs are 238")
+    dpo_learning_rate: float = setting(2.5e-4, None, "for later stages; 1e-3 forgets how to judge")
     beta: float = setting(1.0, None, "of DPO, and lambda of SPIN; 0.1 strays from the reference")
     nll_weight: float = setting(0.1, None, "of the likelihood term; 0: a lower true score")
     replay_weight: float = setting(4.0, None, "of the replayed judging data; 0: the judge forgets")
@@ -1571,7 +1571,7 @@ class Recipe:
     judge_samples: int = setting(3, None, "judgements of an answer, as in [1]")
     demonstrations: int = setting(3200, 1600, "number of demonstrations; 3,200 in [1]")
     judgements: int = setting(12000, 1500, "number of judgements; 1,630 in [1], for 70B")
-    stage_prompts: int = setting(800, 96, "prompts for a later stage; about 770 give a pair")
+    stage_prompts: int = setting(1000, 96, "prompts for a later stage; about 950 give a pair")
     eval_prompts: int = setting(200, 40, "held-out prompts, with five answers to each")
     tidy: bool = setting(False, None, "judging data without nonsense; judges then overrate it")
 
@@ -1589,10 +1589,10 @@ def recipe_stages(recipe, world, demonstrations, make_judgements):
     text = TextFormat(chat_template=world.CHAT_TEMPLATE)
     items = [text.item(prompt, answer) for prompt, answer in demonstrations]
 
-    # Two data sets that are made when a stage begins. The stage calls them with its model, which
-    # they ignore, since M0 wrote for make_judgements() what models write.
+    # Two data sets that are made when a stage begins. The stage calls them with its model, but they
+    # ignore it: in the judging data, all answers that a model wrote are by M0.
 
-    @functools.cache  # all stages use the same items
+    @functools.cache  # the model is one object, changed in place, so all stages get the same items
     def judging_items(model):
         """To learn to judge: items of a judge prompt (no chat template around it) and a verdict."""
         return [TextFormat().item(world.JUDGE.render(prompt, answer), verdict)
