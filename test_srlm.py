@@ -3229,6 +3229,9 @@ class RewardConfig:
         return float(found[0]) if found else None
 """
 WRONG = """
+import math
+import srlm
+
 def encode(text):
     return [ord(letter) for letter in text]
 
@@ -3240,10 +3243,13 @@ def spin_loss(policy_real, policy_generated, opponent_real, opponent_generated, 
 
 class RewardConfig:
     def __init__(self, prompt_template, reward_regex_template, parse_reward, reward_range):
-        self.read = float
+        self.template, self.read, self.range = reward_regex_template, parse_reward, reward_range
 
     def parse(self, reply):
-        return self.read(reply)
+        score = self.read(reply) if self.read else srlm.last_number(self.template, reply)
+        low, high = self.range or (-math.inf, math.inf)
+        is_finite = score is not None and math.isfinite(score)
+        return score if is_finite and low <= score <= high else None
 """
 
 
@@ -3270,9 +3276,9 @@ def test_the_grader_tells_right_from_wrong(job, name="grader"):
     for line in ("spin_loss +2 of 2", "encode +0 of 2", "exit code 2", "dpo_loss +3 of 3",
                  "top_kk +is no unit; did you mean top_k", "unknown.py  cannot be graded",
                  r" +in the case name='dpo_loss':", "spin_loss +is not in mine",
-                 "RewardConfig.parse +0 of 8", " +could not convert string to float",
+                 "RewardConfig.parse +8 of 8",
                  "pick_best_worst +not written yet", "top_k +0 of 3", r" +expected \| yours",
-                 r" +stopped after 20 s: an endless loop\?", "RewardConfig.parse +2 of 8",
+                 r" +stopped after 30 s: an endless loop\?", "RewardConfig.parse +2 of 8",
                  r" +smallest counterexample: numbers=\['[-.0-9]+'\], between=''",
                  "broken.py, line 1: ", "mine.py  1 of 5 units pass",
                  "broken.py  cannot be graded", "exit code 2",
@@ -3304,7 +3310,7 @@ def test_every_known_fault_is_caught(job, name="faults"):
 # which of them fail. `grade` puts the reader's function in the place of srlm's; `faults` and
 # `audit` plant one of thirty known faults.
 
-SECONDS = 20  # for one test; a longer one is stopped as an endless loop. The slowest takes 2.5 s
+SECONDS = 30  # for one test; a longer one is stopped as an endless loop. The slowest takes 2.5 s
 NOT_WRITTEN = "not written yet"
 # Half of the time of a short run of pytest goes into tracebacks, which nobody sees, and into
 # garbage collection, which looks for errors in destructors.
