@@ -291,7 +291,7 @@ class ModelConfig:
     vocab_size: int = VOCAB_SIZE
     dim: int = 64  # D, the width; wider is slower and judges the letter world no better
     depth: int = 4  # blocks; comparing two strings letter by letter takes several
-    heads: int = 2  # H; the time of attention on a CPU grows with the number of heads
+    heads: int = 2  # H; each head has T * T scores of its own, which take time on a CPU
     max_seq_len: int = 256  # tokens of prompt and answer together
     mlp_ratio: int = 2  # MLP width / dim; 4 is usual, 2 leaves time for more updates
 
@@ -896,8 +896,8 @@ def generate_preferences(model, prompts, reward_fn, *, n_candidates=4, n_pairs=N
 
     Prompts are worked through in chunks of P <= 64. reward_fn is called once per chunk, with P * N
     candidates, and returns as many numbers in a list, array or tensor, NaN for no opinion.
-    n_pairs: stop at this many, and write no further chunk. One pass over the prompts; one listed
-    twice is asked twice.
+    n_pairs: stop at this many, and write no further chunk. One pass over the prompts; a
+    prompt that is listed twice is asked twice.
     is_valid_pair(chosen_reward, rejected_reward): by default, chosen_reward > rejected_reward.
     sampling: max_new_tokens, temperature, logit_filter of sample(). All draws follow from the seed,
     those of reward_fn and pick_pair too, because torch's global generator is seeded.
@@ -1222,7 +1222,7 @@ class SelfPlayConfig(StageConfig):
 
     What usually goes wrong: the rejected answers are written once, at the start of the round, and
     with a small lam the gradient fades only after a large change of log p. So a long round
-    overshoots: what the model wrote too often at first is pushed down until it disappears.
+    overshoots: what the model wrote too often at first is pushed down until it is too rare.
 
     >>> stage = SelfPlayConfig(train_dataset=[TextFormat().item("hi", "yo")], steps=1)
     >>> record = stage.run(Transformer(ModelConfig(dim=8, depth=1)), Context())
@@ -1511,7 +1511,7 @@ def measure(model, world, text, graded_answers, previous_scores):
 #     judgements(n, model, tidy)   -> [(prompt, answer, verdict)]      to learn to judge; `model`
 #                                                              is M0, which writes some of the
 #                                                              answers; tidy: no nonsense
-#     prompts(n, purpose)          -> [prompt]                 for a purpose: "stage 2"
+#     prompts(n, purpose)          -> [prompt]                 for a purpose such as "stage 2"
 #     eval_prompts                    [prompt]                 held out of all the data above
 #     graded_answers(model)        -> [(prompt, answer, true score)]   to measure all judges on the
 #                                                              same answers; `model` is M0, which
@@ -1666,7 +1666,8 @@ class LetterWorld(LetterTask):
     def __init__(self, instructions=("sort",), *, n_eval=200, seed=0):
         self.instructions = list(dict.fromkeys(instructions))  # each name once
         self.seed = seed
-        require(set() < set(self.instructions) <= set(INSTRUCTIONS), "LetterWorld: "
+        is_known = all(name in INSTRUCTIONS for name in self.instructions)
+        require(self.instructions and is_known, "LetterWorld: "
                 f"instructions are {self.instructions}; known: {', '.join(INSTRUCTIONS)}")
         self.eval_prompts = []  # nothing is held out yet from what prompts() may draw
         self.eval_prompts = self.prompts(n_eval, "evaluation")  # prompts() never draws these again
@@ -2299,7 +2300,8 @@ def load_pairs(path, text):
             ids, score = text.ids(row[name]), row.get("score_" + name)
             if text.eos_id is not None and row.get(name + "_ended", True):
                 ids = torch.cat((ids, ids.new_tensor([text.eos_id])))
-            pair |= {name: ids, name + "_reward": math.nan if score is None else float(score)}
+            pair[name] = ids
+            pair[name + "_reward"] = math.nan if score is None else float(score)
         return PreferencePair(**pair)
 
     return read_lines(path, read)
